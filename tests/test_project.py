@@ -1,0 +1,120 @@
+"The project's own files agree with each other, and the built wheel holds what the package needs."
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+ABSOLUTE = re.compile(r"(?<![\w.~$}/-])/(?:root|home|work|Users)/\w")  # a place on somebody's machine
+
+
+@pytest.fixture(scope="module")
+def config():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def project_files():
+    "The files git tracks, and the new ones it would."
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                            cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return sorted(p for p in {ROOT / name for name in listed.stdout.split("\0") if name} if p.is_file())
+
+
+def test_environment_yml_lists_the_requirements_of_settings_ini(config):
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == shlex.split(config["requirements"]) + shlex.split(config["dev_requirements"]) + ["-e ."]
+
+
+def test_one_version_everywhere(config):
+    version = config["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    init = (ROOT / config["lib_path"] / "__init__.py").read_text()
+    assert f'__version__ = "{version}"' in init
+
+
+def test_readme_matches_the_home_page():
+    check = subprocess.run([sys.executable, ROOT / "docs" / "readme.py", "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+def test_readme_check_notices_a_difference(tmp_path):
+    for name in ("docs/readme.py", "nbs/index.ipynb"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    run = lambda *args: subprocess.run([sys.executable, tmp_path / "docs/readme.py", *args], capture_output=True, text=True)
+    assert run("--check").returncode == 1  # no README.md at all
+    assert run().returncode == 0 and run("--check").returncode == 0
+    with (tmp_path / "README.md").open("a") as readme:
+        readme.write("one line more\n")
+    stale = run("--check")
+    assert stale.returncode == 1
+    assert stale.stderr.strip() == "README.md differs from nbs/index.ipynb: run `python docs/readme.py`."
+
+
+def test_wheel_holds_the_printed_numbers(config, tmp_path):
+    source = tmp_path / "source"  # a copy: building in the checkout would leave files there, and find old ones
+    shutil.copytree(ROOT / "adaptive_at", source / "adaptive_at", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
+                           cwd=tmp_path, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+
+    printed = sorted((ROOT / "adaptive_at" / "papers").glob("*.csv"))
+    assert len(printed) == 22
+    for csv in printed:
+        assert wheel.read(f"adaptive_at/papers/{csv.name}") == csv.read_bytes(), csv.name
+
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "adaptive_at").rglob("*.py")}
+    assert modules == {name for name in wheel.namelist() if name.endswith(".py")}
+    info = f"adaptive_at-{config['version']}.dist-info"
+    assert "[nbdev]\nadaptive_at = adaptive_at._modidx:d" in wheel.read(f"{info}/entry_points.txt").decode()
+    metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
+    assert metadata["Requires-Python"] == f">={config['min_python']}"
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "corruptions"}
+
+
+def test_table_notebooks_are_ready_for_papermill():
+    notebooks = sorted((ROOT / "nbs").glob("table*.ipynb"))
+    assert notebooks
+    for path in notebooks:
+        nb = json.loads(path.read_text())
+        kernel = nb["metadata"].get("kernelspec", {})
+        assert (kernel.get("name"), kernel.get("language")) == ("python3", "python"), path.name
+        tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        assert len(tagged) == 1, path.name
+
+
+@pytest.mark.parametrize("text, found", [
+    ('"/' + 'work/main"', True), ("see /" + "root/x", True), ("file:///" + "home/me", True), ("/" + "Users/me", True),
+    ("net/" + "work/x", False), ("framework/root", False), ("https://example.org/" + "home/page", False),
+    ("$HOME/" + "work/x", False), ("{tmp}/" + "work/x", False),
+])
+def test_absolute_paths_are_recognised(text, found):
+    assert bool(ABSOLUTE.search(text.replace("file://", ""))) is found
+
+
+def test_no_absolute_machine_paths():
+    for path in project_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        hit = ABSOLUTE.search(text.replace("file://", ""))
+        assert not hit, f"{path.relative_to(ROOT)}: {text[max(0, hit.start() - 40):hit.end() + 40]!r}"
