@@ -258,7 +258,7 @@ def reachable(
     "Does this address answer?"
     answer = []
     def ask():
-        try: urllib.request.urlopen(url, timeout=seconds).close()
+        try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=seconds).close()
         except urllib.error.HTTPError: pass   # it answers, if not gladly: let the download say what is wrong
         except OSError: return
         answer.append(True)

@@ -91,7 +91,7 @@ class Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key & (2**63 - 1))
             body, width = self.parts(channels)
-            return Classifier(body, width, classes, self.mean, self.std)
+            return Classifier(body, width, classes, self.mean, self.std).to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,19 @@ class Bank:
         device: str|torch.device = 'cpu'
     ):
         self.eps = torch.full((n,), eps, device=device)   # radius of the next visit [n]
-        self.realised = torch.zeros(n, device=device)     # max |x' - x| of the last visit [n]
+        self.used = torch.zeros(n, device=device)         # radius of the last visit's attack [n]
+        self.realised = torch.zeros(n, device=device)     # max |x' - x| of the last visit's adversary [n]
 
     def learning_rate(self, lr: float) -> None:
         "Told the step size of each update, for rules that learn."
 
     def state_dict(self) -> dict:
         "All that a resumed run needs."
-        return {'eps': self.eps, 'realised': self.realised}
+        return {'eps': self.eps, 'used': self.used, 'realised': self.realised}
 
     def load_state_dict(self, state: dict) -> None:
         "Take over a saved state."
-        self.eps.copy_(state['eps'])
-        self.realised.copy_(state['realised'])
+        for name in ('eps', 'used', 'realised'): getattr(self, name).copy_(state[name])
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class State:
     "A run between two epochs."
     def __init__(self, run: Run, data: Dataset, device: str|torch.device = 'cpu'):
         info = data.info
-        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).to(device, memory_format=torch.channels_last)
+        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).to(device)
         t = run.training
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
         self.bank = run.method.radius.bank(Setting(len(data.train), len(info.classes), self.model.width, t.momentum, t.weight_decay, str(device)), key(run.seed, 'bank'))
@@ -104,6 +104,7 @@ def train_step(
     "One batch: attack, update the weights, move the radii."
     rule, attack, objective = method.radius, method.attack, method.objective
     eps = rule.radius(bank, batch, model)
+    bank.used[batch.index] = eps
     x_adv = attack(model, batch.x, objective.target(batch, eps), eps, noise.of('attack'))
     eps = rule.after_attack(bank, batch, x_adv, model, eps)
     bank.realised[batch.index] = (x_adv - batch.x).abs().flatten(1).amax(1)

@@ -1,0 +1,81 @@
+"Small networks, images and data that several test files share."
+import functools
+
+import torch
+from torch import nn
+
+from adaptive_at import datasets as ds, streams
+from adaptive_at.attacks import PGD
+from adaptive_at.methods import Training, at
+from adaptive_at.networks import NarrowResNet
+from adaptive_at.training import Monitor, Run, State, train
+
+
+def numbers(*shape, seed=0):
+    "Uniform numbers in [0,1), float32, the same on every machine."
+    return streams.uniform(streams.key("tests", seed), torch.arange(shape[0]), shape[1:])
+
+
+def labels(n, classes, seed=0): return (numbers(n, seed=seed + 1000) * classes).long()
+
+
+def noise(n, seed=0, start=0): return streams.Noise(streams.key("tests", "noise", seed), torch.arange(start, start + n))
+
+
+def seeded(seed, make):
+    "`make()` with torch's generator at `seed`, and the generator as it was afterwards."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+class Wavy(nn.Module):
+    "A strongly curved little classifier that computes in float64: no sign of a gradient hangs on rounding, or on the batch an example is in."
+    def __init__(self, classes=3, channels=1, seed=0):
+        super().__init__()
+        self.conv, self.out = seeded(seed, lambda: (nn.Conv2d(channels, 6, 3, padding=1), nn.Linear(6, classes)))
+        self.width, self.middle = 6, 0.
+        self.double()
+
+    def features(self, x): return (8 * self.conv(x.double())).sin().sum((2, 3)) / x[0, 0].numel()**0.5
+    def forward(self, x): return 5 * (self.out(self.features(x)) - self.middle)
+
+
+def wavy(n, shape=(1, 5, 4), classes=3, seed=0, wrong=4):
+    "A `Wavy` model with all classes in use, `n` images near its boundaries, and labels of which every `wrong`-th contradicts the model."
+    model, x = Wavy(classes, shape[0], seed).eval(), numbers(n, *shape, seed=seed)
+    with torch.no_grad():
+        model.middle = model(numbers(50, *shape, seed=seed + 1)).mean(0) / 5
+        y = model(x).argmax(1)
+    y[::wrong] = (y[::wrong] + 1) % classes
+    return model, x, y
+
+
+def narrow(classes=10, channels=1, seed=0, width=4): return NarrowResNet(width_factor=width).build(classes, channels, seed)
+
+
+def buffers(model): return {k: v.clone() for k, v in model.named_buffers()}
+
+
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def random_data(n=16, classes=3, side=5, seed=0):
+    "A dataset of random images whose class is a bright column."
+    x, y = (numbers(n, 1, side, side, seed=seed) * 160).to(torch.uint8), torch.arange(n) % classes
+    x[torch.arange(n), 0, :, y] += 95
+    info = ds.DatasetInfo("random", "Random", tuple(map(str, range(classes))), (1, side, side), n, 0, n, 0.1, ds.AS_IS, f"random {n} {classes} {side} {seed}")
+    return ds.Dataset(info, ds.Split(x, y), None, ds.Split(x, y))
+
+
+@functools.cache
+def digits(): return ds.load("digits", "data")
+
+
+@functools.cache
+def robust_digits(eps=0.15):
+    "A narrow network, adversarially trained on real digits for a few seconds; in eval mode."
+    data = digits()
+    run = Run("digits", data.info.identity, NarrowResNet(width_factor=4), at(eps, steps=4), Training(epochs=12, batch=64),
+              Monitor(PGD(eps, 1), eps, examples=10, every=12), train_examples=600)
+    return train(run, data, State(run, data), tell=lambda line: None).model.eval()
