@@ -55,7 +55,7 @@ class Augment:
         if self.pad == 'reflect' and self.crop >= min(h, w):
             raise UserError(f'Augment: an image of {h}x{w} pixels cannot be padded by {self.crop} reflected ones; choose a smaller crop, or zeros.')
         u = streams.uniform(key, index, (3,))
-        dy, dx = (u[:, :2] * (2*self.crop + 1)).long().clamp_max(2*self.crop).sub(self.crop).unbind(1)   # each in -crop..crop
+        dy, dx = (u[:, :2] * (2*self.crop + 1)).long().sub(self.crop).unbind(1)   # each in -crop..crop
         rows, cols = (torch.arange(n, device=x.device) + d[:, None] for n, d in ((h, dy), (w, dx)))      # [B,H], [B,W]: where each pixel comes from
         if self.flip: cols = torch.where(u[:, 2:] < 0.5, cols.flip(1), cols)
         inside = ((rows >= 0) & (rows < h))[:, None, :, None] & ((cols >= 0) & (cols < w))[:, None, None, :]
@@ -276,7 +276,8 @@ def verify(name: str, root: Path) -> None:
     "Refuse an official dataset of which a file is damaged."
     for file, md5 in OFFICIAL[name].files.items():
         if (root/file).is_file() and md5sum(root/file) != md5:
-            raise UserError(f"datasets: {root/file} is damaged or not the official file of {OFFICIAL[name].label} (its md5 is not {md5}); delete it and run the same command again to fetch it anew.")
+            raise UserError(f'datasets: {root/file} is damaged or not the official file of {OFFICIAL[name].label} (its md5 is not {md5}); '
+                            'delete it and run the same command again to fetch it anew.')
 
 
 def obtainable(name: str, root: Path) -> None:
@@ -431,9 +432,11 @@ def _read(about: DatasetInfo, root: Path) -> Dataset:
     if about.name == 'digits':
         parts = read_digits()
         if (found := content_hash(*parts)) != about.identity:
-            raise UserError(f'datasets: the digits of the installed scikit-learn are not those this package was made for (their hash is {found}, not {about.identity}); reinstall scikit-learn.')
+            raise UserError("datasets: the installed scikit-learn's digits are not those this package was made for "
+                            f'(their hash is {found}, not {about.identity}); reinstall scikit-learn.')
         return Dataset(about, *parts)
     train, test = read_official(about.name, root) if about.name in OFFICIAL else read_folder(folder_path(about.name))
     if (len(train), len(test)) != (about.n_train, about.n_test):
-        raise UserError(f'datasets: {about.label} has {len(train)} training and {len(test)} test images where {about.n_train} and {about.n_test} are expected; read it anew.')
+        raise UserError(f'datasets: {about.label} has {len(train)} training and {len(test)} test images, not {about.n_train} and {about.n_test}; '
+                        'run the same command again when nobody changes the files.')
     return Dataset(about, train, None, test)

@@ -32,7 +32,8 @@ def distance_histograms(
     with look():
         fig, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 2.7), sharey=True, layout='constrained', squeeze=False)
         right = max([1., *caps.values()]) * 1.08
-        bins = np.linspace(0, right, 55)
+        bins = np.arange(0, right + 0.02, 0.02) + 1e-4  # a distance of exactly 1 belongs to the bar below it
+        bins[0] = 0
         for ax, (title, (gone, started)) in zip(axes[0], panels.items()):
             ax.hist(gone, bins, color=PALETTE[0], label='adversaries')
             if started is not None: ax.hist(started, bins, histtype='step', color=PALETTE[1], lw=1.4, label='random start alone')

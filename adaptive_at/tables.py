@@ -132,7 +132,7 @@ class Plan:
         self.store = Store(parameters.outputs/'runs')
         self.folder = parameters.outputs/table.name/preset.name
         self.figures = self._figures()
-        self.overrides: dict[str, str] = {}
+        self.overrides: list[str] = []
         names = list(dict.fromkeys(n for d in listed(parameters.datasets) or ['preset'] for n in (table.datasets if d == 'all' else (preset.datasets or table.datasets) if d == 'preset' else [d])))
         if not parameters.dry_run:
             for name in names: datasets.check(name, parameters.data_root)
@@ -146,7 +146,9 @@ class Plan:
 
     def _override(self, name: str, value, of) -> None:
         "Note a departure from the preset."
-        if value != of: self.overrides[name] = f'{name}={value:g} of {of:g}' if isinstance(of, (int, float)) else f'{name}={value}'
+        if value == of: return
+        text = f'{name}={value:g} of {of:g}' if isinstance(of, (int, float)) else f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}'
+        if text not in self.overrides: self.overrides.append(text)
 
     def _block(self, name: str) -> Block:
         q, t, preset = self.parameters, self.table, self.preset
@@ -155,9 +157,10 @@ class Plan:
         network = networks.network(q.network or preset.network or t.network)
         p = Protocol(name, q.eps or own_eps, preset.name, getattr(q, 'rho', 0.) or DYNAMIC_RHO, getattr(q, 'tau', 0.) or 2., getattr(q, 'beta', 0.) or 6.)
         self._override('eps', p.eps, own_eps)
+        if q.test_examples: self._override('test_examples', min(q.test_examples, info.n_test), preset.test_examples or info.n_test)
         self._override('network', type(network).__name__, type(networks.network(preset.network or t.network)).__name__)
         for extra in ('rho', 'tau', 'beta'):
-            if getattr(q, extra, 0.): self.overrides[extra] = f'{extra}={getattr(q, extra):g}'
+            if getattr(q, extra, 0.): self._override(extra, getattr(q, extra), 'default')
         rows, extras = t.rows(p), t.extras(p)
         columns = {label: self._capped(c, info) for label, c in t.columns(p).items()}
         selected = chosen('rows', q.rows, rows)
@@ -177,7 +180,7 @@ class Plan:
         if q.train_examples: self._override('train_examples', min(q.train_examples, info.n_train), info.n_train)
         training = replace(training, epochs=q.epochs or training.epochs, precision=q.precision or training.precision)
         monitor = Monitor(PGD(unit(0.007, p.eps), 10), p.eps, preset.monitor_examples, preset.monitor_every, 'val' if info.n_val else 'test')
-        return Run(p.dataset, info.identity, network, method, training, monitor, info.augment, 0 if q.train_examples >= info.n_train else q.train_examples, seed)
+        return Run(info.name.partition(':')[0], info.identity, network, method, training, monitor, info.augment, 0 if q.train_examples >= info.n_train else q.train_examples, seed)
 
     def _capped(self, column: Column, info: DatasetInfo) -> Column:
         "A column within the preset's limits."
@@ -261,7 +264,7 @@ class Results:
         same = block.info.label == block.reference
         return dict(dataset=block.info.label, network=block.runs[row][0].network.label, row=row, checkpoint=plan.table.checkpoint, column=column, value=value, ci_low=low, ci_high=high,
                     n=done[0]['n'] if done else 0, seeds=len(done), std=std, paper=theirs, difference=value - theirs if same else np.nan, warning='; '.join(self._warnings(block, row, column)),
-                    overrides='; '.join(plan.overrides.values()), run=' '.join(r.id for r in block.runs[row]))
+                    overrides='; '.join(plan.overrides), run=' '.join(r.id for r in block.runs[row]))
 
     def _result(self, block: Block, row: str, column: str) -> dict:
         "The first seed's result, empty where there is none."
@@ -279,8 +282,8 @@ def _warnings(self:Results, block: Block, row: str, column: str) -> list[str]:
     if result.get('top_class_share', 0) > 0.9: told.append(f"collapsed: {100 * result['top_class_share']:.0f}% of the predictions are one class")
     if not result.get('finite', True): told.append('logits are not finite')
     if result.get('zero_gradients', 0) > 0.1: told.append(f"zero gradients at {100 * result['zero_gradients']:.0f}% of the images: the attack cannot climb")
-    if isinstance(attacked, AutoAttack) and pgd and clearly(pgd, result, 8): told.append('AA far below PGD-20: PGD is misled')
-    if isinstance(attacked, Transfer) and pgd and clearly(pgd, result, 0): told.append('black-box beats white-box: PGD-20 is misled')
+    if isinstance(attacked, AutoAttack) and pgd and clearly(pgd, result, 8): told.append('AA far below PGD-20, which overestimates the robustness')
+    if isinstance(attacked, Transfer) and pgd and clearly(pgd, result, 0): told.append('black-box beats white-box, so PGD-20 overestimates the robustness')
     if column == 'PGD-40' and pgd and clearly(result, pgd, 0): told.append('more steps help less than fewer')
     if natural and clearly(result, natural, 0): told.append('higher than the natural accuracy')
     return told
@@ -291,16 +294,17 @@ def table(self:Results) -> Styler|str:
     "The table as in the paper: ours, the printed number and the difference in each cell."
     plan = self.plan
     if plan.parameters.dry_run: return 'dry run: nothing was trained'
-    shown, notes = [], []
+    shown, notes = [], {}
     for block in plan.blocks:
         grid = {(block.info.label, row): {c: self._cell(block, row, c, notes) for c in block.columns} for row in block.rows}
         shown.append(pd.DataFrame.from_dict(grid, orient='index', columns=list(block.columns)))
     frame = pd.concat(shown)
     frame.columns = [f'{c} †' if any(replaced(b, c, plan) for b in plan.blocks) else c for c in frame.columns]
-    return styled(frame, self.heading(), self._footnotes() + notes)
+    return styled(frame, self.heading(), self._footnotes() + [f"{text}: {', '.join(where)}." for text, where in notes.items()])
 
 @patch
-def _cell(self:Results, block: Block, row: str, column: str, notes: list[str]) -> str:
+def _cell(self:Results, block: Block, row: str, column: str, notes: dict[str, list[str]]) -> str:
+    "One cell; a warning goes into `notes` with the cells it concerns."
     if column not in block.needed(row): return '–'
     line = self.frame[(self.frame.dataset == block.info.label) & (self.frame.row == row) & (self.frame.column == column)].iloc[0]
     half = (line.ci_high - line.ci_low) / 2
@@ -319,7 +323,7 @@ def heading(self:Results) -> str:
     what = ' and '.join(f'{b.info.label}, eps {b.protocol.eps:.3g}' for b in plan.blocks)
     epochs = sorted({r.training.epochs for r in runs})
     text = f"{plan.table.title} Preset {plan.preset.name}: {plan.preset.says}. {what}; {runs[0].network.label}; {'–'.join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1])))} epochs; {plan.table.checkpoint} checkpoint."
-    return text + (f" Departures from the preset: {'; '.join(plan.overrides.values())}." if plan.overrides else '')
+    return text + (f" Departures from the preset: {'; '.join(plan.overrides)}." if plan.overrides else '')
 
 @patch
 def _footnotes(self:Results) -> list[str]:
@@ -381,7 +385,7 @@ def write(self:Results) -> Path:
 def provenance(self:Results) -> pd.DataFrame:
     "How to repeat this, and what it ran on."
     plan = self.plan
-    facts = {'command': plan.parameters.command(), 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides.values()) or 'none', 'device': hardware(plan.device),
+    facts = {'command': plan.parameters.command(), 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began),
              'runs': ', '.join(f'{row} {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
     return pd.DataFrame(facts.items(), columns=['', 'this run']).set_index('')
@@ -405,7 +409,7 @@ def replaced(block: Block, column: str, plan: Plan) -> str:
 def styled(frame: pd.DataFrame, caption: str, notes: list[str]) -> Styler:
     "The package's look for tables."
     last = '<br>'.join(notes)
-    look = [{'selector': 'caption', 'props': 'caption-side: top; text-align: left; font-weight: 600; padding: 0.3em 0; max-width: 60em'}, {'selector': 'th, td', 'props': 'text-align: left; vertical-align: top; padding: 0.25em 0.6em; white-space: nowrap'},
+    look = [{'selector': 'caption', 'props': 'caption-side: top; text-align: left; font-weight: 600; padding: 0.3em 0; width: max-content; max-width: 75em'}, {'selector': 'th, td', 'props': 'text-align: left; vertical-align: top; padding: 0.25em 0.6em; white-space: nowrap'},
             {'selector': 'th.col_heading', 'props': 'border-bottom: 1px solid currentColor'}, {'selector': 'td', 'props': 'border-top: 1px solid rgba(128,128,128,.25)'},
             {'selector': '.paper', 'props': 'opacity: 0.55; font-size: 85%'}, {'selector': '.difference', 'props': 'font-size: 85%'}]
     return frame.style.set_caption(f'{html.escape(caption)}<br><span style="font-weight: 400; font-size: 90%">{last}</span>').set_table_styles(look)

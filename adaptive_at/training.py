@@ -35,7 +35,7 @@ class Monitor:
 @dataclass(frozen=True)
 class Run:
     "All that determines a run's weights."
-    dataset: str            # name, as in `datasets.NAMES`
+    dataset: str            # its kind: 'digits', 'cifar10', ..., 'imagefolder'; `content` says which one
     content: str            # the dataset's content hash
     network: Network
     method: Method

@@ -6,7 +6,7 @@
 The images are scikit-learn's digits, enlarged and coloured, so that a network learns them in a few steps. Only constants are changed: file lists,
 md5 sums and sizes, here and in torchvision's classes. In another process a `sitecustomize.py` on PYTHONPATH does it; the package knows nothing of it.
 """
-import dataclasses, gzip, hashlib, importlib.util, json, operator, os, pickle, struct, sys, tarfile
+import dataclasses, functools, gzip, hashlib, importlib.util, io, json, operator, os, pickle, struct, sys, tarfile
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
@@ -39,29 +39,26 @@ def expected(name: str):
 
 def write(root: Path, name: str, packed: bool = False) -> dict:
     "Write one dataset under `root`, or only the archives that torchvision downloads; returns the constants that describe it."
-    root = Path(root)
+    content, archive = formats(name)
+    for path, raw in (archive if packed else content).items():
+        (Path(root) / path).parent.mkdir(parents=True, exist_ok=True)
+        (Path(root) / path).write_bytes(raw)
+    files, sums = ({path: hashlib.md5(raw).hexdigest() for path, raw in some.items()} for some in (content, archive))
+    return {"archives": sums, "official": {"files": files, "n_train": N_TRAIN, "n_test": N_TEST}}
+
+
+@functools.cache
+def formats(name: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    "The files that are read, and those that are downloaded: path under the data folder -> content."
     content = {"cifar10": cifar10, "cifar100": cifar100, "svhn": svhn, "mnist": mnist}[name](*expected(name))
-    if name in ("cifar10", "cifar100"):
-        folder = root / next(iter(content)).split("/")[0]
-        save(root, content)
-        archive = f"{'cifar-10' if name == 'cifar10' else 'cifar-100'}-python.tar.gz"
-        with tarfile.open(root / archive, "w:gz") as tar: tar.add(folder, folder.name)
-        loose, packs = list(content), [archive]
-    elif name == "mnist":
-        save(root, content | {f"{path}.gz": gzip.compress(raw) for path, raw in content.items()})
-        loose, packs = list(content), [f"{path}.gz" for path in content]
-    else:
-        save(root, content)
-        loose, packs = [], list(content)
-    sums = {path: hashlib.md5((root / path).read_bytes()).hexdigest() for path in packs}
-    for path in loose if packed else [p for p in packs if p not in content]: (root / path).unlink()
-    return {"archives": sums, "official": {"files": {p: hashlib.md5(raw).hexdigest() for p, raw in content.items()}, "n_train": N_TRAIN, "n_test": N_TEST}}
-
-
-def save(root: Path, content: dict[str, bytes]) -> None:
-    for path, raw in content.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(raw)
+    if name == "svhn": return content, content
+    if name == "mnist": return content, {f"{path}.gz": gzip.compress(raw) for path, raw in content.items()}
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
+        for path, raw in content.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(raw)
+            tar.addfile(entry, io.BytesIO(raw))
+    return content, {f"{'cifar-10' if name == 'cifar10' else 'cifar-100'}-python.tar.gz": out.getvalue()}
 
 
 def rows(x):
@@ -81,14 +78,14 @@ def cifar10(train, test) -> dict[str, bytes]:
 def cifar100(train, test) -> dict[str, bytes]:
     from adaptive_at.datasets import CIFAR100_CLASSES
     folder = "cifar-100-python"
-    files = {f"{folder}/{part}": {"data": rows(x), "fine_labels": y.tolist(), "coarse_labels": (y // 5).tolist()} for part, (x, y) in dict(train=train, test=test).items()}
+    files = {f"{folder}/{part}": {"data": rows(x), "fine_labels": y.tolist(), "coarse_labels": (y // 5).tolist()}
+             for part, (x, y) in dict(train=train, test=test).items()}
     files[f"{folder}/meta"] = {"fine_label_names": CIFAR100_CLASSES.split(), "coarse_label_names": [f"group {i}" for i in range(20)]}
     return {path: pickle.dumps(entry, protocol=2) for path, entry in files.items()}
 
 
 def svhn(train, test) -> dict[str, bytes]:
     "Matlab: images H,W,C,N; labels [N,1] of 1 to 10, where 10 is the digit 0."
-    import io
     import numpy as np
     from scipy.io import savemat
     files = {}

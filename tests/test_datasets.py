@@ -1,5 +1,5 @@
 "Datasets: official formats and their checksums, downloads, image folders, batches, augmentation."
-import functools, http.server, shutil, subprocess, sys, threading, time
+import functools, http.server, os, shutil, subprocess, sys, threading, time
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_what_a_killed_download_left_is_not_taken_for_data(tmp_path, monkeypatch
     archives.apply(archives.describe(tmp_path / "served", ("mnist",), packed=True, server=server.url), monkeypatch)
     part = tmp_path / "data/.mnist.part/MNIST/raw"
     part.mkdir(parents=True)
-    (part / "train-images-idx3-ubyte").write_bytes(b"half")
+    for file in ds.OFFICIAL["mnist"].files: (tmp_path / "data/.mnist.part" / file).write_bytes(b"half")
     assert len(ds.load("mnist", tmp_path / "data").train) == archives.N_TRAIN
 
 
@@ -250,8 +250,8 @@ def test_identity_follows_the_content_and_not_the_place(folder):
     first = identity()
     assert identity(folder := shutil.move(folder, folder.parent / "moved")) == first
     changes = [lambda: flip_byte(folder / "train/dog/wide.bmp"),                                # same name and size
-               lambda: (folder / "test/cat/0.png").rename(folder / "test/cat/9.png"),
-               lambda: (folder / "test/dog/1.png").rename(folder / "test/cat/1b.png"),          # another label
+               lambda: [(folder / f"test/dog/{i}.png").rename(folder / f"test/dog/image{i}.png") for i in range(3)],
+               lambda: (folder / "test/cat/2.png").rename(folder / "test/dog/2.png"),           # same name and place in the order, another class
                lambda: (folder / "train/cat/2.png").unlink()]
     seen = [first]
     for change in changes:
@@ -262,12 +262,18 @@ def test_identity_follows_the_content_and_not_the_place(folder):
 
 
 def test_a_remembered_hash_is_given_up_when_a_file_changes(folder):
-    import os
-    old = time.time() - 100
-    for file in folder.rglob("*.*"): os.utime(file, (old, old))
+    def at(seconds):
+        for file in folder.rglob("*.*"): os.utime(file, (seconds, seconds))
+    now = time.time()
+    at(now - 100)
     first = ds.info(f"imagefolder:{folder}", "").identity
     flip_byte(folder / "train/dog/wide.bmp")
-    assert ds.info(f"imagefolder:{folder}", "").identity != first
+    second = ds.info(f"imagefolder:{folder}", "").identity
+    at(now)
+    assert ds.info(f"imagefolder:{folder}", "").identity == second != first
+    flip_byte(folder / "train/dog/wide.bmp")
+    at(now)   # as if changed within the clock's resolution
+    assert ds.info(f"imagefolder:{folder}", "").identity == first
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -336,6 +342,12 @@ def test_a_step_never_waits_for_the_device():
             epoch = list(ds.batches(split, 20, 0, augment))
             assert [tuple(b.x.shape) for b in epoch] == [(20, 3, 32, 32)] * 2 + [(10, 3, 32, 32)]
             assert {t.device.type for b in epoch for t in (b.x, b.y, b.index)} == {"cuda"}
+
+
+def test_augmentation_does_not_depend_on_the_batch_size(numbers):
+    split = ds.Split(torch.arange(57 * 64).view(57, 1, 8, 8).remainder(251).to(torch.uint8), numbers.y)
+    def epoch(size): return torch.cat([b.x for b in ds.batches(split, size, 4, ds.CROP_FLIP)])
+    assert torch.equal(epoch(10), epoch(57)) and not torch.equal(epoch(57), torch.cat([b.x for b in ds.batches(split, 57, 4)]))
 
 
 # Augmentation

@@ -1,0 +1,183 @@
+"Methods and their published constants, and fingerprints that notice a changed recipe."
+import copy, json
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+
+import fingerprints
+from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
+from adaptive_at.core import Milestones, describe, in_epoch
+from adaptive_at.methods import (DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit)
+from adaptive_at.objectives import MART, TRADES, AdversarialCE
+from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
+
+EPS = 0.031
+BASELINES = {"at": at, "fat": fat, "trades": trades, "mart": mart}
+
+
+# Published constants (RECIPES 2.2 and 7)
+
+def test_natural_training_is_ce_on_the_images_themselves():
+    assert natural() == Method(Fixed(0.), NoAttack(), AdversarialCE())
+
+
+def test_standard_adversarial_training():
+    method = at(EPS)
+    assert method.radius == Fixed(EPS) and type(method.objective) is AdversarialCE
+    assert method.attack == PGD(alpha=0.007, steps=10, loss=CrossEntropy(), start=UniformStart(), mode="eval", success="last")
+
+
+def test_trades():
+    method = trades(EPS)
+    assert method.radius == Fixed(EPS) and method.objective == TRADES(beta=6.)
+    assert method.attack == PGD(alpha=0.007, steps=10, loss=KL(), start=NormalStart(0.001), mode="eval", success="last")
+
+
+def test_mart():
+    method = mart(EPS)
+    assert method.radius == Fixed(EPS) and method.objective == MART(beta=5.) and mart(EPS, beta=6.).objective == MART(6.)
+    assert method.attack == PGD(alpha=0.007, steps=10, loss=CrossEntropy(), start=NormalStart(0.001), mode="eval", success="last")
+
+
+@pytest.mark.parametrize("epoch, tau", [(1, 0), (50, 0), (51, 1), (90, 1), (91, 2), (120, 2)])
+def test_fat(epoch, tau):
+    method = in_epoch(fat(EPS), epoch - 1, 120)
+    assert method.radius == Fixed(EPS) and type(method.objective) is AdversarialCE
+    assert method.attack == FriendlyPGD(alpha=0.007, steps=10, loss=CrossEntropy(), start=UniformStart(), mode="eval", success="last", tau=tau, omega=0.001)
+
+
+def test_daat_s_radius():
+    assert daat(EPS) == DAAT(eps=EPS, rho=DYNAMIC_RHO, tau=2., calibration="detach", cap=1., growth="reset")
+    assert DYNAMIC_RHO.values == (0.05, 0.2, 0.3)
+    assert daat(EPS, 0.1, 3., LinearDAAT) == LinearDAAT(EPS, 0.1, 3.) and daat(EPS, rule=PiecewiseDAAT) == PiecewiseDAAT(EPS, DYNAMIC_RHO, 2.)
+    assert daat(EPS, cap=1.25, growth="clipped", calibration="joint") == DAAT(EPS, DYNAMIC_RHO, 2., "joint", 1.25, "clipped")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("eps", [EPS, 0.25])
+def test_daat_s_version_of_a_baseline_differs_in_the_radius_rule_only(name, eps):
+    ours, baseline = BASELINES[name](eps, radius=daat(eps)), BASELINES[name](eps)
+    assert ours.radius == daat(eps) and baseline.radius == Fixed(eps)
+    assert replace(ours, radius=baseline.radius) == baseline
+    assert describe(replace(ours, radius=baseline.radius)) == describe(baseline)
+
+
+# Other radius units
+
+def in_units(piece, scale):
+    "A piece with what carries the unit of eps divided by `scale`; pieces of pieces too."
+    carries = {"eps", "alpha", "sigma", "omega"}
+    changed = {f.name: getattr(piece, f.name) / scale if f.name in carries and getattr(piece, f.name) is not None else in_units(getattr(piece, f.name), scale)
+               for f in fields(piece)} if is_dataclass(piece) else {}
+    return replace(piece, **changed) if changed else piece
+
+
+def flat(value, at=""):
+    if isinstance(value, dict): return {k: v for n, item in value.items() for k, v in flat(item, f"{at}.{n}").items()}
+    if isinstance(value, list): return {k: v for n, item in enumerate(value) for k, v in flat(item, f"{at}.{n}").items()}
+    return {at: value}
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "daat"])
+@pytest.mark.parametrize("eps", [8/255, 0.25, 0.3])
+def test_what_carries_the_unit_of_eps_keeps_its_ratio(name, eps):
+    make = (lambda e: at(e, daat(e, cap=1.25))) if name == "daat" else BASELINES[name]
+    there, here = (flat(describe(in_units(make(e), e))) for e in (EPS, eps))
+    number = lambda v: isinstance(v, float)
+    assert {k: v for k, v in there.items() if not number(v)} == {k: v for k, v in here.items() if not number(v)}
+    assert {k: v for k, v in there.items() if number(v)} == pytest.approx({k: v for k, v in here.items() if number(v)}, rel=1e-12)
+    assert make(eps).attack.alpha == pytest.approx(eps * 0.007 / 0.031) and make(eps).radius.eps == eps
+    assert unit(0.007, EPS) == 0.007 and unit(0.001, EPS) == 0.001   # to the last digit, where they were published
+
+
+def test_a_given_step_size_and_number_of_steps_win():
+    assert at(EPS, alpha=2/255, steps=7).attack == PGD(2/255, 7)
+    assert [make(EPS, steps=3).attack.steps for make in (fat, trades, mart)] == [3] * 3
+
+
+# Training settings
+
+@pytest.mark.parametrize("epoch, lr", [(1, 0.1), (74, 0.1), (75, 0.01), (89, 0.01), (90, 0.001), (100, 0.001)])
+def test_the_family_s_schedule(epoch, lr):
+    t = Training()
+    assert (t.epochs, t.batch, t.momentum, t.weight_decay) == (100, 128, 0.9, 2e-4)
+    for inside in (0, 0.5, 0.999): assert t.lr_at(epoch - 1 + inside) == pytest.approx(lr)   # the same all through an epoch
+
+
+@pytest.mark.parametrize("epoch, lr", [(1, 0.1), (59, 0.1), (60, 0.01), (89, 0.01), (90, 0.001), (109, 0.001), (110, 0.0005), (120, 0.0005)])
+def test_fat_s_own_schedule(epoch, lr):
+    assert (FAT_TRAINING.epochs, FAT_TRAINING.batch, FAT_TRAINING.momentum, FAT_TRAINING.weight_decay) == (120, 128, 0.9, 2e-4)
+    assert FAT_TRAINING.lr_at(epoch - 1) == pytest.approx(lr)
+
+
+def test_mart_s_own_step_and_decay():
+    assert MART_RESNET18 == Training(lr=0.01, weight_decay=3.5e-3)
+    assert [MART_RESNET18.lr_at(e - 1) for e in (74, 75, 89, 90)] == pytest.approx([0.01, 0.001, 0.001, 0.0001])
+
+
+def test_one_cycle():
+    t = Training(epochs=30, schedule=OneCycle(0.2))
+    assert [t.lr_at(e) for e in (0, 3, 6, 18, 30)] == pytest.approx([0, 0.05, 0.1, 0.05, 0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 20, 30, 100, 120, 200])
+def test_milestones_keep_their_place_in_runs_of_any_length(epochs):
+    m = Milestones(at=(0.75, 0.9), values=(0, 1, 2))
+    got = [m.value(e, epochs) for e in range(epochs)]
+    assert got == [(e >= 0.75 * epochs) + (e >= 0.9 * epochs - 1e-9) for e in range(1, epochs + 1)]
+
+
+# Fingerprints
+
+REFRESH = "python tests/fingerprints.py --update"
+
+
+@pytest.mark.parametrize("name", fingerprints.METHODS)
+def test_a_recipe_that_moves_has_a_new_version(name):
+    assert (problem := fingerprints.problem(name, fingerprints.stored().get(name), fingerprints.measured(name))) is None, problem
+
+
+def test_every_stored_fingerprint_has_its_method(): assert set(fingerprints.stored()) == set(fingerprints.METHODS)
+
+
+def test_methods_have_different_fingerprints():
+    losses = {name: tuple(e["losses"]) for name, e in fingerprints.stored().items()}
+    for a in losses:
+        for b in losses: assert a == b or max(abs(p / q - 1) for p, q in zip(losses[a], losses[b])) > 10 * fingerprints.TOLERANCE, (a, b)
+
+
+def test_what_a_fingerprint_notices():
+    entry = fingerprints.stored()["trades"]
+    moved = entry | {"losses": [entry["losses"][0], entry["losses"][1] * 1.0002, entry["losses"][2]]}
+    raised = moved | {"versions": entry["versions"] | {"adaptive_at.objectives.TRADES": 2}}
+    assert fingerprints.problem("trades", entry, entry) is None
+    assert fingerprints.problem("trades", entry, entry | {"losses": [l * 1.00005 for l in entry["losses"]]}) is None
+    assert "raise" in fingerprints.problem("trades", entry, moved) and REFRESH in fingerprints.problem("trades", entry, moved)
+    assert REFRESH in fingerprints.problem("trades", entry, raised) and "raise" not in fingerprints.problem("trades", entry, raised)
+    assert REFRESH in fingerprints.problem("trades", None, entry)
+
+
+@pytest.mark.parametrize("break_it, names", [
+    (lambda patch: patch.setattr(TRADES, "losses", MART.losses), {"trades", "daat-trades"}),
+    (lambda patch: patch.setattr(DAAT, "moved", lambda self, eps, s: LinearDAAT.moved(self, eps, s)), {"daat", "daat-joint", "daat-bn-train", "daat-trades", "daat-mart"}),
+    (lambda patch: patch.setattr(NormalStart, "__call__", CleanStart.__call__), {"trades", "mart"}),
+])
+def test_a_changed_formula_is_noticed(break_it, names, monkeypatch):
+    break_it(monkeypatch)
+    for name in names:
+        problem = fingerprints.problem(name, fingerprints.stored()[name], fingerprints.measured(name))
+        assert problem and "raise" in problem, name
+
+
+def test_updating_refuses_losses_that_moved_under_the_same_versions(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "fingerprints.json"
+    entries = copy.deepcopy(fingerprints.stored())
+    entries["natural"]["losses"][0] += 1
+    del entries["at"]
+    path.write_text(json.dumps(entries))
+    monkeypatch.setattr(fingerprints, "PATH", path)
+    monkeypatch.setattr(fingerprints, "METHODS", {k: fingerprints.METHODS[k] for k in ("natural", "at")})
+    assert fingerprints.main(["--update"]) == 1 and "natural" in capsys.readouterr().out
+    assert fingerprints.stored()["natural"] == entries["natural"] and "at" in fingerprints.stored()   # the new one is taken, the moved one is not
+    assert fingerprints.main(["--update", "--force"]) == 0 and fingerprints.main([]) == 0
+    assert fingerprints.stored()["natural"]["losses"][0] == pytest.approx(entries["natural"]["losses"][0] - 1)
