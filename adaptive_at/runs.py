@@ -90,12 +90,14 @@ class Store:
         "Make sure the run is trained: not at all if it is, from where it stopped if it was begun."
         folder = self.folder(run)
         if self.finished(run) or self.facts(run).get('diverged'): return
-        with locked(folder/'lock', tell), threads(run.network.threads) as n:
+        made = self.facts(run).get('made with', [])  # a resumed run takes the threads it began with
+        with locked(folder/'lock', tell), threads(made[0]['threads'] if made else run.network.threads) as n:
             if self.finished(run) or self.facts(run).get('diverged'): return  # another process was here
-            facts = {'run': describe(run), 'made with': versions() | {'device': hardware(device), 'threads': n}}
-            write_json(folder/'spec.json', facts)
             state = State(run, data, device)
             saved = load(folder/'last.pt', tell)
+            now = versions() | {'device': hardware(device), 'threads': n}
+            facts = {'run': describe(run), 'made with': [*made, now] if saved and made[-1:] != [now] else made if saved else [now]}
+            write_json(folder/'spec.json', facts)
             if saved:
                 state.load_state_dict(saved)
                 tell(f'continuing after epoch {state.epoch} of {run.training.epochs}')

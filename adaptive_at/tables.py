@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'PUBLISHED_PASS', 'COLUMNS', 'Protocol', 'Table', 'Preset'
 import html, os, shutil, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -24,6 +25,7 @@ from .methods import DYNAMIC_RHO, Method, Training, OneCycle, unit
 from .parameters import COLUMN_ALIASES, Parameters, chosen, listed, printed, start
 from .runs import Store, hardware, versions
 from .training import Monitor, Run
+from .workers import cores, side_by_side
 
 # %% ../nbs/90_tables.ipynb #25efde9b
 @dataclass(frozen=True)
@@ -310,8 +312,7 @@ def _cell(self:Results, block: Block, row: str, column: str, notes: dict[str, li
     half = (line.ci_high - line.ci_low) / 2
     ours = 'missing' if np.isnan(line.value) else f'<b>{line.value:.1f}</b> ± {half:.1f}'
     if line.warning:
-        text = f'{row}, {column}: {line.warning}'
-        if text not in notes: notes.append(text)
+        notes.setdefault(f'⚠ {line.warning}', []).append(f'{row} ({column})')
         ours += f' <sup title="{html.escape(line.warning)}">⚠</sup>'
     theirs = '' if np.isnan(line.paper) else f'<br><span class="paper">paper {line.paper:g}</span>'
     return ours + theirs + ('' if np.isnan(line.difference) else f' <span class="difference">{line.difference:+.1f}</span>')
@@ -430,7 +431,7 @@ def show(self:Plan) -> Styler:
             waiting = [block.columns[c] for c in columns for s in range(len(runs)) if not ((e := self.evaluation(block, row, c, s)) and self.store.verdicts(runs[s], e))]
             n = min(self.test_examples or block.info.n_test, block.info.n_test)
             evaluating = sum(min(getattr(c, 'limit', 0) or n, n) * (c.steps + 1) for c in waiting) * cost
-            seconds += training + evaluating
+            seconds += (training + evaluating) / self.workers(block)
             size += sum(disk(r, block.info) for r in left)
             lines.append({'dataset': block.info.label, 'row': row + ('' if row in block.rows else ' (for a figure or as a surrogate)'), 'epochs': runs[0].training.epochs, 'seeds': len(runs),
                           'runs': 'in the store' if not left else f'{len(left)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
@@ -445,30 +446,49 @@ def show(self:Plan) -> Styler:
 def run(self:Plan, tell: Callable[[str], None] = print) -> Results:
     "Train what is missing, evaluate what is missing, write `table.csv`."
     if self.parameters.dry_run: return Results(self)
-    began, trained, evaluated, found = time.time(), 0, 0, 0
+    began, missing, waiting = time.time(), 0, 0
     for block in self.blocks:
         data = datasets.load(block.info.name, self.parameters.data_root, self.device)
-        for row, runs in block.runs.items():
-            for run in runs:
-                if self.store.finished(run): continue
-                tell(f'training {row} on {block.info.label}, seed {run.seed}')
-                self.store.train(run, data, self.device, tell)
-                trained += 1
-        for row in block.rows:
-            for seed, run in enumerate(block.runs[row]):
-                for column in block.needed(row):
-                    e = self.evaluation(block, row, column, seed)
-                    if e is None: continue
-                    if self.store.verdicts(run, e): found += 1; continue
-                    c = block.columns[column]
-                    source = self.store.model(block.runs[c.surrogate][seed], data, self.table.checkpoint, self.device) if c.surrogate else None
-                    result = self.store.evaluate(run, e, data, self.table.checkpoint, source, self.device, tell)
-                    tell(f"{row}, {column}: {result['accuracy']:.1f}% of {result['n']}")
-                    evaluated += 1
-        Results(self).write()
+        training = [partial(self._train, run, row, data) for row, runs in block.runs.items() for run in runs if not self.store.finished(run)]
+        missing += len(training)
+        side_by_side(training, self.workers(block), tell)
+        evaluating = [partial(self._evaluate, block, row, seed, left, data) for row in block.rows for seed in range(len(block.runs[row])) if (left := self._unevaluated(block, row, seed))]
+        waiting += sum(len(job.args[3]) for job in evaluating)
+        side_by_side(evaluating, self.workers(block), tell)
+    results = Results(self)
+    results.write()
     _clear_lines()
-    tell(f'{sum(len(r) for b in self.blocks for r in b.runs.values()) - trained} runs from the store, {trained} trained; {found} evaluations from the store, {evaluated} made; {spoken(time.time() - began)}')
-    return Results(self)
+    runs, cells = (sum(len(of(b, row)) for b in self.blocks for row in b.runs) for of in (lambda b, row: b.runs[row], lambda b, row: b.needed(row) * len(b.runs[row]) if row in b.rows else ()))
+    tell(f'{runs - missing} runs from the store, {missing} trained; {cells - waiting} evaluations from the store, {waiting} made; {spoken(time.time() - began)}')
+    return results
+
+
+@patch
+def workers(self:Plan, block: Block) -> int:
+    "How many rows are trained side by side: one per core for networks that use one thread, else one."
+    return cores() if self.device.type == 'cpu' and next(iter(block.runs.values()))[0].network.threads == 1 else 1
+
+
+@patch
+def _train(self:Plan, run: Run, row: str, data: datasets.Dataset, tell: Callable[[str], None]) -> None:
+    "One job: train a row."
+    self.store.train(run, data, self.device, lambda line: tell(f'{row}, seed {run.seed}: {line}' if run.seed else f'{row}: {line}'))
+
+
+@patch
+def _unevaluated(self:Plan, block: Block, row: str, seed: int) -> list[str]:
+    "The columns of a row that wait for an evaluation; none where the weights are missing because a run diverged."
+    return [c for c in block.needed(row) if (e := self.evaluation(block, row, c, seed)) and not self.store.verdicts(block.runs[row][seed], e)]
+
+
+@patch
+def _evaluate(self:Plan, block: Block, row: str, seed: int, columns: list[str], data: datasets.Dataset, tell: Callable[[str], None]) -> None:
+    "One job: the evaluations of a row."
+    for column in columns:
+        c = block.columns[column]
+        source = self.store.model(block.runs[c.surrogate][seed], data, self.table.checkpoint, self.device) if c.surrogate else None
+        result = self.store.evaluate(block.runs[row][seed], self.evaluation(block, row, column, seed), data, self.table.checkpoint, source, self.device, tell)
+        tell(f"{row}, {column}: {result['accuracy']:.1f}% of {result['n']}")
 
 
 def _clear_lines() -> None:
