@@ -100,7 +100,7 @@ class PGD:
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
         x: Tensor,                # clean images, in [0,1]
-        y: Tensor,                # classes [B], or label distributions [B,K]
+        y: Tensor,                # classes [B]; with success 'last' also label distributions [B,K]
         eps: float|Tensor,        # l_inf radius: one number, or one per example [B]
         noise: Noise|None = None  # random stream of these examples; None: a fixed one
     ) -> Tensor:                  # adversarial images, inside both the ball and [0,1]

@@ -165,9 +165,8 @@ def balanced(
     y: Tensor,   # classes [N]
     n: int       # how many; 0, or N and more: all of them
 ) -> Tensor:     # int64 [n] indices
-    "The first `n` examples in order of (occurrence within the class, index)."
-    if n == 0 or n >= len(y): return torch.arange(len(y), device=y.device)
-    return occurrence(y).argsort(stable=True)[:n]
+    "The first `n` examples in order of (occurrence within the class, index): fewer are always the first of more."
+    return occurrence(y).argsort(stable=True)[:n or None]
 
 # %% ../nbs/10_datasets.ipynb #de775879
 @dataclass(frozen=True)

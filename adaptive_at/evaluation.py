@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from .attacks import CrossEntropy, PGD, gradient, restarted
 from .core import digest
 from .datasets import Dataset, balanced, to_unit
-from .networks import in_mode
+from .networks import frozen, in_mode
 from .streams import Noise, key
 
 # %% ../nbs/75_evaluation.ipynb #591d7e8d
@@ -168,10 +168,9 @@ def evaluate(
     save: Callable[[dict], None] = lambda progress: None
 ) -> dict:                           # plain values: accuracy, n, verdicts, facts for warnings
     "Run an evaluation: eager, fp32, eval mode."
-    index = balanced(data.test.y, e.examples)
-    if limit := getattr(e.column, 'limit', 0): index = index[:limit]
+    index = balanced(data.test.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
     images = Images(to_unit(data.test.x[index]), data.test.y[index], index)
-    with in_mode(model, 'eval'), in_mode(source or model, 'eval'):
+    with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
         standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
         result = {'accuracy': 100 * float(standing.float().mean()), 'n': len(standing), 'standing': pack(standing)}
         if isinstance(e.column, Clean): result |= _predictions(model, images)

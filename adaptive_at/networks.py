@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Classifier', 'BasicBlock', 'residual_body', 'Network', 'ResNet18', 'NarrowResNet', 'network', 'in_mode',
-           'fingerprint']
+           'frozen', 'fingerprint']
 
 # %% ../nbs/20_networks.ipynb #63958479
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Network:
     ) -> Classifier:
         "A new network on the CPU, PyTorch's default initialisation drawn from `key`."
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key & (2**63 - 1))
+            torch.default_generator.manual_seed(key & (2**63 - 1))
             body, width = self.parts(channels)
             return Classifier(body, width, classes, self.mean, self.std).to(memory_format=torch.channels_last)
 
@@ -126,11 +126,22 @@ def in_mode(
     model: nn.Module,
     mode: str          # 'eval' or 'train'
 ):
-    "Run `model` in a mode and give it back as it was."
-    was = model.training
+    "Run `model` in a mode and give it back as it was, layers that were frozen by hand included."
+    was = [(m, m.training) for m in model.modules()]
     model.train(mode == 'train')
     try: yield model
-    finally: model.train(was)
+    finally:
+        for m, training in was: m.training = training
+
+# %% ../nbs/20_networks.ipynb #178890ff
+@contextmanager
+def frozen(model: nn.Module):
+    "Without gradients of the parameters."
+    was = [p for p in model.parameters() if p.requires_grad]
+    for p in was: p.requires_grad_(False)
+    try: yield model
+    finally:
+        for p in was: p.requires_grad_()
 
 # %% ../nbs/20_networks.ipynb #c85ff50f
 def fingerprint(model: nn.Module) -> str:

@@ -36,7 +36,7 @@ class TRADES(AdversarialCE):
         "One loss."
         def loss(model):
             clean, adversarial = model(batch.x), model(x_adv)
-            kl = F.kl_div(adversarial.log_softmax(1), clean.softmax(1), reduction='batchmean')
+            kl = F.kl_div(adversarial.log_softmax(1), clean.log_softmax(1), log_target=True, reduction='batchmean')
             return F.cross_entropy(clean, target) + self.beta * kl
         yield loss
 
@@ -51,9 +51,9 @@ class MART(AdversarialCE):
         def loss(model):
             clean, logits = model(batch.x), model(x_adv)
             y = target[:, None]
-            p, p_adv = clean.softmax(1), logits.softmax(1)
+            log_p, p_adv = clean.log_softmax(1), logits.softmax(1)
             rival = p_adv.scatter(1, y, -1).amax(1)
             bce = F.cross_entropy(logits, target) - (1.0001 - rival + 1e-12).log().mean()
-            kl = F.kl_div((p_adv + 1e-12).log(), p, reduction='none').sum(1)
-            return bce + self.beta * (kl * (1.0000001 - p.gather(1, y)[:, 0])).mean()
+            kl = F.kl_div((p_adv + 1e-12).log(), log_p, log_target=True, reduction='none').sum(1)
+            return bce + self.beta * (kl * (1.0000001 - log_p.exp().gather(1, y)[:, 0])).mean()
         yield loss

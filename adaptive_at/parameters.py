@@ -117,7 +117,7 @@ class Parameters:
 
 
 TABLES = {  # table -> its own parameters (names from ABOUT); its figures, those of `main` before the bar
-    'table1_daat': ('eps rho tau', 'fig4 fig6b |'),
+    'table1_daat': ('eps rho tau', 'fig4 fig6b | fig2 fig3 fig5 fig6a variants'),
 }
 
 

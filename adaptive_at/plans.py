@@ -288,5 +288,5 @@ def show(self:Plan):
                           'evaluations': f'{len(waiting)} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(training + evaluating) if training + evaluating else '–'})
     how = 'measured on this device' if here else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU'
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
-    title = f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.'
-    return styled(pd.DataFrame(lines).set_index(['dataset', 'row']), title, ['dry run: nothing will be trained'] if self.parameters.dry_run else [])
+    print(f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.')
+    return styled(pd.DataFrame(lines).set_index(['dataset', 'row']), 'Plan', ['dry run: nothing will be trained'] if self.parameters.dry_run else [])

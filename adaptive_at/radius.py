@@ -106,8 +106,9 @@ class CalibratedBank(Bank):
     def __init__(self, setting: Setting, eps: float, key: int):
         super().__init__(setting.n, eps, setting.device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key & (2**63 - 1))
+            torch.default_generator.manual_seed(key & (2**63 - 1))
             self.head = nn.Linear(setting.features, setting.classes).to(setting.device)
+        self.before = [p.detach().clone() for p in self.head.parameters()]  # the head before the step of this batch
         self.optimiser = torch.optim.SGD(self.head.parameters(), lr=0., momentum=setting.momentum, weight_decay=setting.weight_decay)
 
     def learning_rate(self, lr):
@@ -137,6 +138,7 @@ class Calibrated(RadiusRule):
 
     def radius(self, bank, batch, model):
         "One step of the head on natural images, then the radii of this batch."
+        bank.before = [p.detach().clone() for p in bank.head.parameters()]
         with torch.no_grad(), in_mode(model, 'train' if self.calibration == 'bn_train' else 'eval'):
             features = model.features(batch.x)
         loss = F.cross_entropy(bank.head(features), batch.y)
@@ -146,10 +148,9 @@ class Calibrated(RadiusRule):
         return bank.eps[batch.index]
 
     def extra_loss(self, bank, batch, model):
-        "`joint` only: the natural loss under the head, for the feature extractor's sake."
+        "`joint` only: the loss the head was trained on in this batch, for the feature extractor's sake."
         if self.calibration != 'joint': return None
-        logits = F.linear(model.features(batch.x), bank.head.weight.detach(), bank.head.bias.detach())
-        return F.cross_entropy(logits, batch.y)
+        with in_mode(model, 'eval'): return F.cross_entropy(F.linear(model.features(batch.x), *bank.before), batch.y)
 
     @torch.no_grad()
     def after_step(self, bank, batch, x_adv, model):
@@ -167,8 +168,8 @@ class DAAT(Calibrated):
 
     def moved(self, eps, s):
         cap = self.cap * self.eps
-        new = scaled(eps, s, self.rho, cap)
-        return new if self.growth == 'reset' else torch.minimum(new, 2 * eps.clamp(min=self.eps / 32))
+        if self.growth == 'reset': return scaled(eps, s, self.rho, cap)
+        return ((self.rho / s.clamp(min=1e-8)).clamp(max=2) * eps.clamp(min=self.eps / 32)).clamp(max=cap)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,10 @@ def load(path: Path, tell: Callable[[str], None] = print) -> dict|None:
 
 def _bank(run: Run, state: State) -> dict[str, np.ndarray]:
     "The content of `radius.npz`."
-    n, every = len(state.bank.eps), snapshot_every(run.training.epochs)
+    every = snapshot_every(run.training.epochs)
     return {**{k: getattr(state.bank, k).cpu().numpy() for k in ('eps', 'used', 'realised')},
             'snapshots': torch.stack(state.snapshots).numpy(), 'snapshot_epochs': np.arange(1, len(state.snapshots) + 1) * every,
-            'path': torch.stack(state.path).numpy(), 'path_index': followed(n).numpy()}
+            'path': torch.stack(state.path).numpy(), 'path_index': state.watched.cpu().numpy()}
 
 
 def _fingerprint_of(path: Path) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, restarted
@@ -35,6 +36,8 @@ class Monitor:
 @dataclass(frozen=True)
 class Run:
     "All that determines a run's weights."
+    version: ClassVar[int] = 1  # raised when the training step or the random streams change
+
     dataset: str            # its kind: 'digits', 'cifar10', ..., 'imagefolder'; `content` says which one
     content: str            # the dataset's content hash
     network: Network
@@ -66,7 +69,9 @@ class State:
         self.epoch = 0                      # epochs completed
         self.history: list[dict] = []       # one entry per epoch
         self.best: dict = {}                # epoch, natural and robust accuracy of the best checkpoint so far
-        self.path: list[Tensor] = []        # radii of 64 fixed examples after each epoch
+        self.subset = balanced(data.train.y, run.train_examples)  # examples to train on
+        self.watched = followed(self.subset)                      # those whose radius is kept after each epoch
+        self.path: list[Tensor] = []        # their radii, one entry per epoch
         self.snapshots: list[Tensor] = []   # all radii, float16, every `snapshot_every(epochs)` epochs
         self.improved = False               # is this epoch the best so far?
 
@@ -88,9 +93,9 @@ def snapshot_every(epochs: int) -> int:
     return max(1, epochs // 50)
 
 
-def followed(n: int) -> Tensor:
-    "The 64 training examples whose radius is kept after every epoch."
-    return permutation(key('followed'), n)[:64]
+def followed(trained: Tensor) -> Tensor:
+    "The 64 examples, of those trained on, whose radius is kept after every epoch."
+    return trained[permutation(key('followed'), len(trained), trained.device)[:64]]
 
 # %% ../nbs/70_training.ipynb #bd6b4060
 def train_step(
@@ -155,11 +160,9 @@ def train(
     tell: Callable[[str], None] = print       # one line per epoch
 ) -> State:
     "Train to the end of the run."
-    t, model, bank = run.training, state.model, state.bank
-    subset = balanced(data.train.y, run.train_examples)
+    t, model, bank, subset = run.training, state.model, state.bank, state.subset
     steps = -(-len(subset) // t.batch)
     device = next(model.parameters()).device
-    watch = followed(len(data.train)).to(device)
     while state.epoch < t.epochs:
         began, epoch = time.perf_counter(), state.epoch
         method = in_epoch(run.method, epoch, t.epochs)
@@ -167,7 +170,7 @@ def train(
         total = torch.zeros((), device=device)
         model.train()
         for i, batch in enumerate(batches(data.train, t.batch, key(stream, 'data'), run.augment, subset)):
-            lr = t.lr_at(epoch + i / steps)
+            lr = t.lr_at(epoch + (i + 0.5) / steps)
             for group in state.optimiser.param_groups: group['lr'] = lr
             bank.learning_rate(lr)
             with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == 'bf16'):
@@ -182,7 +185,7 @@ def train(
             robust = entry[f'{run.monitor.select}_robust']
             state.improved = robust > state.best.get('robust', -1.)
             if state.improved: state.best = {'epoch': state.epoch, 'robust': robust, 'natural': entry[f'{run.monitor.select}_natural']}
-        state.path.append(bank.eps[watch].cpu())
+        state.path.append(bank.eps[state.watched].cpu())
         if state.epoch % snapshot_every(t.epochs) == 0: state.snapshots.append(bank.eps.half().cpu())
         state.history.append(entry | {'seconds': round(time.perf_counter() - began, 3)})
         save(state)

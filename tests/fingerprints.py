@@ -69,7 +69,7 @@ def moved(old, new): return any(abs(a - b) > TOLERANCE * abs(a) for a, b in zip(
 
 def problem(name, old, new):
     "What is wrong with a method's stored entry, and what to do about it."
-    refresh = f"`python tests/fingerprints.py --update`"
+    refresh = "`python tests/fingerprints.py --update`"
     if old is None: return f"{name} has no fingerprint yet: run {refresh}"
     if old["versions"] != new["versions"]:
         changed = sorted(k for k in old["versions"].keys() | new["versions"].keys() if old["versions"].get(k) != new["versions"].get(k))

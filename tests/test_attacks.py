@@ -13,7 +13,7 @@ from torch import nn
 
 from adaptive_at.attacks import (FGSM, KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, Margin, NoAttack, NormalStart, UniformStart, gradient, per_example,
                                  project, restarted)
-from helpers import Wavy, buffers, labels, narrow, noise, numbers, same, seeded, wavy
+from helpers import buffers, labels, narrow, noise, numbers, same, seeded, wavy
 
 LOSSES = [CrossEntropy(), KL(), Margin(), Margin(0.)]
 STARTS = [UniformStart(), NormalStart(0.01), CleanStart()]

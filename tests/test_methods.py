@@ -48,7 +48,7 @@ def test_fat(epoch, tau):
 
 def test_daat_s_radius():
     assert daat(EPS) == DAAT(eps=EPS, rho=DYNAMIC_RHO, tau=2., calibration="detach", cap=1., growth="reset")
-    assert DYNAMIC_RHO.values == (0.05, 0.2, 0.3)
+    assert DYNAMIC_RHO == Milestones(at=(0.75, 0.9), values=(0.05, 0.2, 0.3))
     assert daat(EPS, 0.1, 3., LinearDAAT) == LinearDAAT(EPS, 0.1, 3.) and daat(EPS, rule=PiecewiseDAAT) == PiecewiseDAAT(EPS, DYNAMIC_RHO, 2.)
     assert daat(EPS, cap=1.25, growth="clipped", calibration="joint") == DAAT(EPS, DYNAMIC_RHO, 2., "joint", 1.25, "clipped")
 

@@ -15,7 +15,7 @@ from adaptive_at.datasets import Batch
 from adaptive_at.methods import Method, at, daat
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import AdversarialCE
-from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, Setting, overstep, scaled
+from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, Setting, overstep
 from adaptive_at.training import train_step
 from helpers import buffers, labels, narrow, noise, numbers, same
 
