@@ -313,6 +313,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                   'adaptive_at.runs._fingerprint_of': ('runs.html#_fingerprint_of', 'adaptive_at/runs.py'),
                                   'adaptive_at.runs.hardware': ('runs.html#hardware', 'adaptive_at/runs.py'),
                                   'adaptive_at.runs.load': ('runs.html#load', 'adaptive_at/runs.py'),
+                                  'adaptive_at.runs.read': ('runs.html#read', 'adaptive_at/runs.py'),
                                   'adaptive_at.runs.versions': ('runs.html#versions', 'adaptive_at/runs.py')},
             'adaptive_at.streams': { 'adaptive_at.streams.Noise': ('streams.html#noise', 'adaptive_at/streams.py'),
                                      'adaptive_at.streams.Noise.__getitem__': ('streams.html#noise.__getitem__', 'adaptive_at/streams.py'),

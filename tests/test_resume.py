@@ -255,7 +255,6 @@ def test_a_truncated_checkpoint_is_set_aside(small, tmp_path, capsys):
     equal(contents(outputs), contents(folder))
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="bug: torch's error, where DESIGN asks for a sentence")
 @pytest.mark.parametrize("name, kill_at", [("last.pt", 0), ("best.pt", 12)], ids=["last of a finished run", "best of an unfinished run"])
 def test_another_truncated_checkpoint_is_said_so(name, kill_at, small, tmp_path, capsys):
     outputs, log = tmp_path/"outputs", tmp_path/"log"
@@ -270,7 +269,6 @@ def test_another_truncated_checkpoint_is_said_so(name, kill_at, small, tmp_path,
     except UserError as sentence: assert name in str(sentence) and "\n" not in str(sentence)
 
 
-@pytest.mark.xfail(reason="bug: nothing removes the .part file of a killed process, as large as a checkpoint")
 def test_nothing_is_left_of_a_killed_process(small, tmp_path):
     outputs, log = tmp_path/"outputs", tmp_path/"log"
     process(log, outputs, SMALL, kill_at=6).join()
@@ -302,7 +300,6 @@ def test_two_processes_share_an_empty_store(whole, two):
     assert shown == [l for l in expected["table1_daat/quick/table.csv"].splitlines() if ",AA," not in l]
 
 
-@pytest.mark.xfail(reason="bug: each process counts as trained what the other trained while it waited")
 def test_two_processes_count_each_run_once(two): assert sum(trained(said) for said in two[1]) == 3
 
 
@@ -336,7 +333,6 @@ def test_a_diverged_run_is_marked_and_the_others_go_on(tmp_path):
     assert again.frame.equals(results.frame) and {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
 
 
-@pytest.mark.xfail(reason="bug: the last line counts a diverged run as trained, each time")
 def test_a_diverged_run_is_not_counted_as_trained_again(tmp_path, capsys):
     table = with_rows(Exploding=lambda p: replace(at(p.eps), objective=Exploding()))
     for _ in range(2): run(table, **SMALL | {"rows": "", "columns": "clean"}, outputs=str(tmp_path))

@@ -89,7 +89,7 @@ def fig3(results, block):
         for ax, column in zip(axes, ('FGSM', 'natural')):
             for tau, marker, colour in zip(TAUS, 'osD', PALETTE):
                 value, low, high = np.array([results.interval(block, fixed(rho, tau), column) for rho in RHOS]).T
-                ax.errorbar(range(len(RHOS)), value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=rf'$\tau={tau}$')
+                ax.errorbar(np.arange(len(RHOS)) + 0.12 * (tau - 2), value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=rf'$\tau={tau}$')
             ax.set(xticks=range(len(RHOS)), xticklabels=RHOS, xlabel=r'$\rho$', ylabel=f'{column} accuracy (%)', title=column)
         axes[0].legend()
         shown = {r'$\rho=0.05$': fixed(0.05, 2), r'$\rho=0.4$': fixed(0.4, 2), r'dynamic $\rho$': 'DAAT'}
