@@ -7,6 +7,7 @@ __all__ = ['COLUMNS', 'Results', 'shrunken_margins', 'smaller', 'clearly', 'repl
 
 # %% ../nbs/90_tables.ipynb #7f64ee38
 import html, time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -106,12 +107,12 @@ def _cell(self:Results, block: Block, row: str, column: str, notes: dict[str, li
     return ours + theirs + ('' if np.isnan(line.difference) else f' <span class="difference">{line.difference:+.1f}</span>')
 
 @patch
-def heading(self:Results) -> str:
+def heading(self:Results, checkpoints: str = '') -> str:
     "What this is, in two sentences."
     plan, runs = self.plan, [r for b in self.plan.blocks for rows in b.runs.values() for r in rows]
     what = ' and '.join(f'{b.info.label}, eps {b.protocol.eps:.3g}' for b in plan.blocks)
     epochs = sorted({r.training.epochs for r in runs})
-    text = f"{plan.table.title} Preset {plan.preset.name}: {plan.preset.says}. {what}; {runs[0].network.label}; {'–'.join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1])))} epochs; {plan.table.checkpoint} checkpoint."
+    text = f"{plan.table.title} Preset {plan.preset.name}: {plan.preset.says}. {what}; {runs[0].network.label}; {'–'.join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1])))} epochs; {checkpoints or plan.table.checkpoint} checkpoint."
     return text + (f" Departures from the preset: {'; '.join(plan.overrides)}." if plan.overrides else '')
 
 @patch
@@ -153,10 +154,10 @@ def compare(self:Results,
     for block in self.plan.blocks:
         for row in need.rows:
             for which in need.checkpoints:
-                lines[block.info.label, row, which] = {c: _number(*self.interval(block, row, c, which)) for c in need.columns}
+                lines[block.info.label, row, which] = {c + ' †' * bool(replaced(block, c, self.plan)): _number(*self.interval(block, row, c, which)) for c in need.columns}
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
-    return styled(frame, f'{caption}. {self.heading()}', [self._footnotes()[0], *notes])
+    return styled(frame, f'{caption}. {self.heading(" and ".join(need.checkpoints))}', [self._footnotes()[0], *notes])
 
 
 @patch
@@ -262,28 +263,30 @@ def execute(
 ) -> Results:
     "Train what is missing, evaluate what is missing, write `table.csv`."
     if plan.parameters.dry_run: return Results(plan)
-    began, missing, waiting = time.time(), 0, 0
+    began, done, report = time.time(), Counter(), tell
+    def tell(line: str) -> None:
+        done[line.rpartition(': ')[2]] += 1  # a line that ends in ': trained' or ': evaluated' counts
+        report(line)
     for block in plan.blocks:
         data = datasets.load(block.info.name, plan.parameters.data_root, plan.device)
         training = [partial(_train, plan, run, row, data) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run)]
-        missing += len(training)
         side_by_side(training, plan.workers(block), tell)
         evaluating = [partial(_evaluate, plan, block, row, seed, left, data) for row in block.cells for seed, run in enumerate(block.runs[row])
                       if plan.store.finished(run) and (left := plan.unevaluated(block, row, seed))]
-        waiting += sum(len(job.args[4]) for job in evaluating)
         side_by_side(evaluating, plan.workers(block), tell)
     results = Results(plan)
     results.write()
     _clear_lines()
     runs = sum(len(seeds) for b in plan.blocks for seeds in b.runs.values())
     cells = sum(len(pairs) * len(b.runs[row]) for b in plan.blocks for row, pairs in b.cells.items())
-    tell(f'{runs - missing} runs from the store, {missing} trained; {cells - waiting} evaluations from the store, {waiting} made; {spoken(time.time() - began)}')
+    report(f"{runs - done['trained']} runs from the store, {done['trained']} trained; {cells - done['evaluated']} evaluations from the store, {done['evaluated']} made; {spoken(time.time() - began)}")
     return results
 
 
 def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, tell: Callable[[str], None]) -> None:
     "One job: train a row."
-    plan.store.train(run, data, plan.device, lambda line: tell(f'{row}, seed {run.seed}: {line}' if run.seed else f'{row}: {line}'))
+    label = f'{row}, seed {run.seed}' if run.seed else row
+    if plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}')): tell(f'{label}: trained')
 
 
 def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, tell: Callable[[str], None]) -> None:
@@ -292,7 +295,7 @@ def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[s
         c = block.columns[column]
         source = plan.store.model(block.runs[c.surrogate][seed], data, plan.table.checkpoint, plan.device) if c.surrogate else None
         result = plan.store.evaluate(block.runs[row][seed], plan.evaluation(block, row, column, seed, which), data, which, source, plan.device, tell)
-        tell(f"{row}, {column}: {result['accuracy']:.1f}% of {result['n']}")
+        tell(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
 
 
 def _clear_lines() -> None:

@@ -11,19 +11,19 @@ from ..attacks import FGSM, Margin, PGD, UniformStart
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
 from ..methods import FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, unit
 from ..radius import LinearDAAT, PiecewiseDAAT
-from ..plans import Needs, Plan, Table
+from ..plans import Needs, Plan, Row, Table
 
 def rows(p):
     radius = daat(p.eps, p.rho, p.tau)
     return {
         'Natural':     natural(),
         'Standard AT': at(p.eps),
-        'FAT':         (fat(p.eps), FAT_TRAINING),
+        'FAT':         Row(fat(p.eps), FAT_TRAINING),
         'DAAT':        at(p.eps, radius),
         'TRADES':      trades(p.eps),
         'DAAT-TRADES': trades(p.eps, radius),
-        'MART':        (mart(p.eps), MART_RESNET18),
-        'DAAT-MART':   (mart(p.eps, radius), MART_RESNET18),
+        'MART':        Row(mart(p.eps), MART_RESNET18),
+        'DAAT-MART':   Row(mart(p.eps, radius), MART_RESNET18),
     }
 
 RHOS, TAUS = (0.01, 0.05, 0.1, 0.2, 0.4), (1, 2, 3)
@@ -78,8 +78,8 @@ TABLE = Table('table1_daat', 'DAAT, Table 1.', ('cifar10', 'svhn'), 'resnet18', 
 # %% ../../nbs/table1_daat.ipynb #910a8175
 from ..theory import fig2
 
-# %% ../../nbs/table1_daat.ipynb #0ab86e79
-import matplotlib.pyplot as plt
+# %% ../../nbs/table1_daat.ipynb #4e1d21db
+import matplotlib.pyplot as plt, numpy as np
 from ..figures import PALETTE, curves, distance_histograms, learning_curves, look
 
 def fig3(results, block):
@@ -88,8 +88,8 @@ def fig3(results, block):
         fig, axes = plt.subplots(1, 4, figsize=(13, 3), layout='constrained')
         for ax, column in zip(axes, ('FGSM', 'natural')):
             for tau, marker, colour in zip(TAUS, 'osD', PALETTE):
-                values, low, high = zip(*(results.interval(block, fixed(rho, tau), column) for rho in RHOS))
-                ax.errorbar(range(len(RHOS)), values, [[v - l for v, l in zip(values, low)], [h - v for v, h in zip(values, high)]], marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=rf'$\tau={tau}$')
+                value, low, high = np.array([results.interval(block, fixed(rho, tau), column) for rho in RHOS]).T
+                ax.errorbar(np.arange(len(RHOS)) + 0.12 * (tau - 2), value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=rf'$\tau={tau}$')
             ax.set(xticks=range(len(RHOS)), xticklabels=RHOS, xlabel=r'$\rho$', ylabel=f'{column} accuracy (%)', title=column)
         axes[0].legend()
         shown = {r'$\rho=0.05$': fixed(0.05, 2), r'$\rho=0.4$': fixed(0.4, 2), r'dynamic $\rho$': 'DAAT'}
