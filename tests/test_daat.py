@@ -1,0 +1,99 @@
+"What the figures and claims of DAAT's Table 1 rest on."
+import numpy as np
+import pytest
+import torch
+from adaptive_at import datasets
+from adaptive_at.attacks import PGD
+from adaptive_at.evaluation import pack
+from adaptive_at.methods import Training, at, daat, fat
+from adaptive_at.networks import NarrowResNet
+from adaptive_at.papers.table1_daat import TABLE, fixed
+from adaptive_at.plans import Protocol
+from adaptive_at.tables import smaller
+from adaptive_at.training import Monitor, Run, State, threads, train
+
+EPS = 0.25
+
+
+@pytest.fixture(scope="module")
+def banks():
+    "The banks of four short runs on 300 digits."
+    data, found = datasets.load("digits", "data"), {}
+    methods = {"AT": at(EPS), "FAT": fat(EPS), "DAAT": at(EPS, daat(EPS)), "enlarged": at(EPS, daat(EPS, cap=1.25))}
+    for name, method in methods.items():
+        run = Run("digits", data.info.identity, NarrowResNet(width_factor=8), method, Training(epochs=6, batch=50), Monitor(PGD(0.05, 1), EPS, 10, 6, "val"), train_examples=300)
+        with threads(1):
+            state = train(run, data, State(run, data), tell=lambda line: None)
+        found[name] = {k: getattr(state.bank, k)[state.subset].numpy() for k in ("eps", "used", "realised")}
+    return found
+
+
+def test_fig4_fixed_radius_lies_on_the_surface(banks):
+    for name in ("AT", "FAT"):
+        realised = banks[name]["realised"]
+        assert realised.max() <= EPS + 1e-6
+        assert (realised >= 0.9 * EPS).mean() > 0.95  # an 8x8 image has 64 pixels: a uniform start alone reaches .9 eps nearly always
+
+
+def test_fig4_at_ends_exactly_on_the_surface(banks):
+    assert (np.abs(banks["AT"]["realised"] - EPS) < 1e-6).mean() > 0.95
+
+
+def test_fig4_daat_stays_inside_and_spreads(banks):
+    bank = banks["DAAT"]
+    assert (bank["realised"] <= bank["used"] + 1e-6).all() and bank["used"].max() <= EPS + 1e-7
+    inside = bank["realised"] < 0.99 * EPS
+    assert 0 < inside.sum() < len(inside)
+    assert len(np.unique(bank["realised"][inside].round(4))) > inside.sum() / 2, "a spread, not a few levels"
+
+
+def test_fig4_enlarged_reaches_beyond_eps_and_not_beyond_its_cap(banks):
+    bank = banks["enlarged"]
+    assert (bank["realised"] <= bank["used"] + 1e-6).all() and bank["used"].max() <= 1.25 * EPS + 1e-7
+    assert (bank["realised"] > 1.01 * EPS).any()
+
+
+def test_every_row_a_figure_needs_exists():
+    p = Protocol("digits", EPS, "quick")
+    rows, columns = TABLE.rows(p) | TABLE.extra_rows(p), TABLE.columns(p) | TABLE.extra_columns(p)
+    for name, need in TABLE.figures.items():
+        assert set(need.rows) <= set(rows), name
+        assert set(need.columns) <= set(columns), name
+    assert rows[fixed(0.05, 2)].radius.rho == 0.05 and rows[fixed(0.4, 3)].radius.tau == 3
+    assert rows["AT, 4/8 eps"].radius.eps == EPS / 2 and rows["AT, 4/8 eps"].attack.alpha == pytest.approx(rows["Standard AT"].attack.alpha / 2)
+
+
+@pytest.mark.parametrize("a, b, share", [([1, 2], [3, 4], 1.0), ([3, 4], [1, 2], 0.0), ([1, 2], [1, 2], 0.5), ([0, 5], [1, 2, 3], 0.5)])
+def test_effect_size_counts_pairs(a, b, share):
+    assert smaller(np.array(a, float), np.array(b, float))[0] == pytest.approx(share)
+
+
+def test_effect_size_interval_covers_the_truth():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        area, half = smaller(rng.normal(0, 1, 40), rng.normal(1, 1, 60))
+        hits += abs(area - 0.7602) < half  # P(N(0,1) < N(1,1)) = Phi(1/sqrt 2)
+    assert 0.9 < hits / 200 <= 1
+
+
+class Stored:
+    "Stands for a plan and its results: fixed verdicts per row."
+    def __init__(self, **verdicts):
+        from types import SimpleNamespace as Name
+        from adaptive_at.tables import Results
+        self.results = object.__new__(Results)
+        block = Name(info=Name(name="digits", label="digits"))
+        self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoint="last"))
+        self.results.cells = {("digits", row, "natural", "last"): [{"standing": pack(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
+
+    def verdict(self, higher, lower):
+        return self.results.claims([("c", higher, lower, "natural")]).data["this run"].iloc[0]
+
+
+def test_claims_are_computed():
+    high, low, close = [1] * 90 + [0] * 10, [0] * 40 + [1] * 60, [1] * 91 + [0] * 9
+    stored = Stored(high=high, low=low, close=close)
+    assert stored.verdict("high", "low") == "holds"
+    assert stored.verdict("low", "high") == "does not hold"
+    assert stored.verdict("close", "high") == "cannot tell at this size"
+    assert stored.verdict("high", "absent") == "not run"
