@@ -363,7 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                       'adaptive_at.networks.in_mode': ('networks.html#in_mode', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.network': ('networks.html#network', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.pooled': ('networks.html#pooled', 'adaptive_at/networks.py'),
-                                      'adaptive_at.networks.preact_parts': ('networks.html#preact_parts', 'adaptive_at/networks.py'),
+                                      'adaptive_at.networks.preact_body': ('networks.html#preact_body', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.shortcut': ('networks.html#shortcut', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.stages': ('networks.html#stages', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.stem': ('networks.html#stem', 'adaptive_at/networks.py')},

@@ -9,7 +9,6 @@ __all__ = ['OUTCOMES', 'PRINTED', 'CAT_WRN34', 'CAT_VGG16', 'CAT', 'dirichlet', 
 
 # %% ../nbs/63_cat.ipynb #c4edae90
 from dataclasses import dataclass, replace
-import math
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
@@ -173,7 +172,7 @@ class MixedCEv0(MixedCE):
 class CATAttack(PGD):
     "PGD in a ball that is eta larger than the radius it is given (CAT Alg. 1: the label comes before the growth)."
     eta: float = 0.005
-    cap: float = math.inf   # but never larger than this
+    cap: float|None = None  # but never larger than this
 
     def __call__(self, model, x, label, eps, noise=None):
         "Attack a batch with customised labels; the result is within min(eps + eta, cap)."
@@ -205,7 +204,7 @@ def cat(
     most = eps if cap is None else unit(cap, eps, at=PRINTED)
     rule = CAT(most, eta, outcome, 'attack' if label == 'before' else 'rule', capped)
     loss = MixedLoss(kappa) if mixed else SmoothedCrossEntropy()
-    attack = CATAttack(alpha, steps, loss, CleanStart(), eta=eta, cap=most if capped == 'before' else math.inf) if label == 'before' else PGD(alpha, steps, loss, CleanStart())
+    attack = CATAttack(alpha, steps, loss, CleanStart(), eta=eta, cap=most if capped == 'before' else None) if label == 'before' else PGD(alpha, steps, loss, CleanStart())
     return Method(rule, attack, MixedCE(c, kappa, unit(1., PRINTED, at=eps) if hinge == 'eps' else None) if mixed else SmoothedCE(c))
 
 

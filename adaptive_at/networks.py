@@ -6,7 +6,7 @@
 __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGENET', 'WIDTHS', 'STRIDES', 'TRADES_NET',
            'NETWORKS', 'Classifier', 'Network', 'he_normal', 'conv', 'shortcut', 'BasicBlock', 'Bottleneck', 'stages',
            'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem',
-           'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_parts',
+           'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_body',
            'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid', 'ScoreMap', 'IAATWideResNet', 'Dropout',
            'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'frozen', 'fingerprint']
 
@@ -238,8 +238,16 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(h)))) + self.skipped(x, h)
 
 
-def preact_parts(channels: int, first: int, widths: Sequence[int], strides: Sequence[int], depths: Sequence[int], block: type[PreActBlock], end: list[nn.Module]) -> nn.Sequential:
-    "A 3x3 convolution to `first` channels, pre-activation blocks, a last batch norm and ReLU, and what makes vectors of the maps."
+def preact_body(
+    channels: int,          # of the image
+    first: int,             # channels of the first convolution
+    widths: Sequence[int],  # as in `stages`
+    strides: Sequence[int],
+    depths: Sequence[int],
+    block: type[PreActBlock],
+    end: list[nn.Module]    # last maps to features
+) -> nn.Sequential:
+    "A 3x3 convolution, pre-activation blocks, a last batch norm and ReLU."
     return nn.Sequential(conv(channels, first), *stages(first, widths, strides, depths, block), nn.BatchNorm2d(widths[-1], affine=block.affine), nn.ReLU(), *end)
 
 
@@ -247,7 +255,7 @@ def preact_parts(channels: int, first: int, widths: Sequence[int], strides: Sequ
 class PreActResNet18(Network):
     "Pre-activation ResNet-18 with a final batch norm and ReLU (locuslab/robust_overfitting, used by AWP and SAAT)."
     label = 'PreAct ResNet-18'
-    def parts(self, channels): return preact_parts(channels, 64, WIDTHS, STRIDES, (2, 2, 2, 2), PreActBlock, pooled()), 512
+    def parts(self, channels): return preact_body(channels, 64, WIDTHS, STRIDES, (2, 2, 2, 2), PreActBlock, pooled()), 512
 
 
 @dataclass(frozen=True)
@@ -265,7 +273,7 @@ class WideResNet(Network):
     @property
     def layout(self): return [16 * self.width_factor * 2**i for i in range(3)], (1, 2, 2), ((self.depth - 2) // 6,) * 3
 
-    def parts(self, channels): return preact_parts(channels, 16, *self.layout, PreActBlock, pooled()), 64 * self.width_factor
+    def parts(self, channels): return preact_body(channels, 16, *self.layout, PreActBlock, pooled()), 64 * self.width_factor
 
     def initialise(self, net):
         he_normal(net)
@@ -302,7 +310,7 @@ class ScoreMap(nn.Module):
 class IAATWideResNet(WideResNet):
     "IAAT's WideResNet-32-10 (yogeshbalaji/Instance_Adaptive_Adversarial_Training; McDonnell, 2018)."
     depth: int = 32
-    def parts(self, channels): return preact_parts(channels, 16 * self.width_factor, *self.layout, PooledPreActBlock, [Grid(8)]), 64 * self.width_factor * 8 * 8
+    def parts(self, channels): return preact_body(channels, 16 * self.width_factor, *self.layout, PooledPreActBlock, [Grid(8)]), 64 * self.width_factor * 8 * 8
     def head(self, width, classes): return ScoreMap(width // (8 * 8), classes)
     def initialise(self, net): he_normal(net)
 

@@ -376,6 +376,13 @@ def test_the_attack_stays_in_its_ball_and_in_range(seed, eps, eta, cap):
     assert ((x_adv - x).abs().flatten(1).amax(1) <= (eps + eta).clamp(max=cap) + 1e-6).all() and x_adv.min() >= 0 and x_adv.max() <= 1
 
 
+def test_every_variant_can_be_hashed_and_each_is_another():
+    from adaptive_at.core import digest
+    variants = [cat(CAP), cat(CAP, capped="after"), cat(CAP, label="after"), cat(CAP, hinge="eps"), cat(CAP, mixed=False), cat(CAP, outcome="minus_eta"), cat_v0(CAP), cat_v2(CAP), adv_ls(CAP), adp_adv(CAP)]
+    assert len({digest(m) for m in variants}) == len(variants)
+    for m in variants: trained(m, steps=1)
+
+
 def test_no_radius_no_change():
     model, x, y = wavy(5)
     assert torch.equal(CATAttack(0.05, 4, MixedLoss(), CleanStart(), eta=0.)(model, x, Label(y, torch.zeros(5), torch.zeros(5), noise(5)), 0.), x)

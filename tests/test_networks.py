@@ -293,6 +293,13 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert torch.equal(maps.amin((2, 3)), maps.amax((2, 3))) and abs((maps == 0).float().mean() - 0.5) < 0.05
 
 
+def test_trades_net_drops_channels_then_units():
+    net = MNISTCNN(**TRADES_NET).build(10, 1).train()
+    maps, units = outputs(net, (nets.Dropout,), numbers(8, 1, 28, 28))[:2]
+    assert maps.shape == (8, 20, 4, 4) and units.shape == (8, 50)
+    assert 0.3 < (maps.amax((2, 3)) == 0).float().mean() < 0.8 and (units == 0).float().mean() > 0.4
+
+
 # Names and normalisation
 
 def test_a_name_nobody_knows():
