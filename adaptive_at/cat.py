@@ -176,7 +176,7 @@ class CATAttack(PGD):
 
     def __call__(self, model, x, label, eps, noise=None):
         "Attack a batch with customised labels; the result is within min(eps + eta, cap)."
-        eps = (torch.as_tensor(eps, device=x.device) + self.eta).clamp(max=self.cap).expand(len(x))
+        eps = (torch.as_tensor(eps, device=x.device) + self.eta).clamp(max=torch.inf if self.cap is None else self.cap).expand(len(x))
         return super().__call__(model, x, replace(label, radius=eps), eps, noise)
 
 # %% ../nbs/63_cat.ipynb #7b909e22

@@ -308,7 +308,7 @@ class ScoreMap(nn.Module):
 
 @dataclass(frozen=True)
 class IAATWideResNet(WideResNet):
-    "IAAT's WideResNet-32-10 (yogeshbalaji/Instance_Adaptive_Adversarial_Training; McDonnell, 2018)."
+    "IAAT's WideResNet-32-10: McDonnell (2018), laid out and initialised as in szagoruyko/binary-wide-resnet at full precision."
     depth: int = 32
     def parts(self, channels): return preact_body(channels, 16 * self.width_factor, *self.layout, PooledPreActBlock, [Grid(8)]), 64 * self.width_factor * 8 * 8
     def head(self, width, classes): return ScoreMap(width // (8 * 8), classes)

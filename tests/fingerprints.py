@@ -42,7 +42,7 @@ METHODS = {
     "at-awp": rice_at(EPS, weights=AT_AWP), "trades-awp": rice_trades(EPS, weights=TRADES_AWP), "saat-up-awp": saat_up(EPS, weights=AT_AWP),
     "iaat": iaat(EPS, warmup=67), "iaat-no-warm": iaat(EPS, warmup=0), "iaat-printed": iaat(EPS, warmup=67, misclassified="printed"), "mixup-at": mixup_at(EPS),
     "cat": cat(EPS), "cat-ce": cat(EPS, mixed=False), "cat-minus-eta": cat(EPS, outcome="minus_eta"), "cat-v0": cat_v0(EPS), "cat-v2": cat_v2(EPS), "adv-ls": adv_ls(EPS), "adp-adv": adp_adv(EPS),
-    "dra": dra_finetune(EPS), "dra-constant": dra_finetune_constant(EPS), "dra-madry": madry_dra(EPS), "dra-trades": trades_dra(EPS)}
+    "dra": dra_finetune(EPS), "dra-constant": dra_finetune_constant(EPS), "dra-madry": madry_dra(EPS), "dra-trades": trades_dra(EPS, beta=6., factor=4.)}
 
 
 def spec(name):
