@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'SourceUnknown', 'qualified', 'normalised', 'sources', 'describe', 'digest', 'unhashed',
-           'Milestones', 'in_epoch', 'replacing', 'write_text', 'write_json', 'locked', 'project_root']
+           'Milestones', 'Ramp', 'in_epoch', 'replacing', 'write_text', 'write_json', 'locked', 'project_root']
 
 # %% ../nbs/00_core.ipynb #83f74f3c
 import ast, dataclasses, hashlib, inspect, json, linecache, os, sys, textwrap
@@ -126,9 +126,24 @@ class Milestones:
         return self.values[sum(int(epoch) + 1 >= at * epochs - 1e-9 for at in self.at)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    "A value that moves linearly, and then is another one."
+    first: float         # in the first epoch
+    last: float          # in the last epoch of the ramp
+    until: float = 1.    # where the ramp ends, as a fraction of the run's length
+    after: float = 0.    # the value from there on
+
+    def value(self, epoch: float, epochs: int) -> float:
+        "The value in force after `epoch` epochs (counted from 0; the fraction inside an epoch is ignored)."
+        length = round(self.until * epochs)
+        if int(epoch) >= length: return self.after
+        return self.first + (self.last - self.first) * int(epoch) / max(1, length - 1)
+
+
 def in_epoch(piece: Any, epoch: int, epochs: int) -> Any:
-    "`piece` with every `Milestones` in it replaced by its value in this epoch (counted from 0)."
-    if isinstance(piece, Milestones): return piece.value(epoch, epochs)
+    "`piece` with every `Milestones` and `Ramp` in it replaced by its value in this epoch (counted from 0)."
+    if isinstance(piece, (Milestones, Ramp)): return piece.value(epoch, epochs)
     if not dataclasses.is_dataclass(piece): return piece
     changes = {f.name: in_epoch(getattr(piece, f.name), epoch, epochs) for f in dataclasses.fields(piece)}
     return dataclasses.replace(piece, **{k: v for k, v in changes.items() if v is not getattr(piece, k)})

@@ -134,6 +134,7 @@ class Batch:
     x: Tensor       # float [B,C,H,W], in [0,1]
     y: Tensor       # true classes [B]
     index: Tensor   # int64 [B], where the examples stand in their split
+    noise: streams.Noise|None = None  # the random stream of these examples in this step, for rules and objectives that draw
 
 
 def to_unit(

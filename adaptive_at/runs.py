@@ -103,6 +103,9 @@ class Store:
             for left in folder.glob('.*.part'): left.unlink()  # by a process that was killed
             state = State(run, data, device)
             saved = load(folder/'last.pt', tell)
+            if run.start and not saved:
+                self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'))
+                state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             now = versions() | {'device': hardware(device), 'threads': n}
             facts = {'run': describe(run), 'made with': [*made, now] if saved and made[-1:] != [now] else made if saved else [now]}
             write_json(folder/'spec.json', facts)

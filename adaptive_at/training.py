@@ -9,8 +9,8 @@ __all__ = ['Monitor', 'Run', 'State', 'snapshot_every', 'followed', 'train_step'
 # %% ../nbs/70_training.ipynb #93406e8b
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
@@ -47,6 +47,7 @@ class Run:
     augment: Augment = Augment()
     train_examples: int = 0 # a class-balanced subset; 0: all
     seed: int = 0
+    start: 'Run|None' = None  # the run whose last weights it starts from
 
     @property
     def id(self) -> str: return digest(self)
@@ -108,16 +109,19 @@ def train_step(
 ) -> Tensor:                     # the outer loss, detached
     "One batch: attack, update the weights, move the radii."
     rule, attack, objective = method.radius, method.attack, method.objective
+    batch = replace(batch, noise=noise)
     eps = rule.radius(bank, batch, model)
     bank.used[batch.index] = eps
     x_adv = attack(model, batch.x, objective.target(batch, eps), eps, noise.of('attack'))
     eps = rule.after_attack(bank, batch, x_adv, model, eps)
     bank.realised[batch.index] = (x_adv - batch.x).abs().flatten(1).amax(1)
     for loss in objective.losses(batch, x_adv, objective.target(batch, eps), eps):
-        value, extra = loss(model), rule.extra_loss(bank, batch, model)
-        optimiser.zero_grad()
-        (value if extra is None else value + extra).backward()
-        optimiser.step()
+        with method.weights.perturbed(model, loss) if method.weights else nullcontext():
+            value, extra = loss(model), rule.extra_loss(bank, batch, model)
+            optimiser.zero_grad()
+            (value if extra is None else value + extra).backward()
+            optimiser.step()
+        torch.clear_autocast_cache()  # under bf16: weights cast before the step would stand in for the new ones
     rule.after_step(bank, batch, x_adv, model)
     return value.detach()
 

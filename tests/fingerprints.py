@@ -16,11 +16,16 @@ from pathlib import Path
 import torch
 
 from adaptive_at.attacks import PGD
+from adaptive_at.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.core import describe
+from adaptive_at.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
+from adaptive_at.iaat import iaat, mixup_at
 from adaptive_at.methods import Training, at, daat, fat, mart, natural, trades
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.radius import LinearDAAT, PiecewiseDAAT
+from adaptive_at.saat import rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import Monitor, Run, State, threads, train
+from adaptive_at.weights import AT_AWP, TRADES_AWP
 from helpers import random_data
 
 PATH = Path(__file__).with_suffix(".json")
@@ -32,7 +37,12 @@ METHODS = {
     "daat": at(EPS, daat(EPS)), "daat-linear": at(EPS, daat(EPS, rule=LinearDAAT)), "daat-piecewise": at(EPS, daat(EPS, rule=PiecewiseDAAT)),
     "daat-enlarged": at(EPS, daat(EPS, cap=1.25)), "daat-clipped": at(EPS, daat(EPS, growth="clipped")),
     "daat-joint": at(EPS, daat(EPS, calibration="joint")), "daat-bn-train": at(EPS, daat(EPS, calibration="bn_train")),
-    "daat-fat": fat(EPS, daat(EPS)), "daat-trades": trades(EPS, daat(EPS)), "daat-mart": mart(EPS, daat(EPS))}
+    "daat-fat": fat(EPS, daat(EPS)), "daat-trades": trades(EPS, daat(EPS)), "daat-mart": mart(EPS, daat(EPS)),
+    "saat": saat(EPS, 16.), "saat-down": saat_down(EPS), "saat-up": saat_up(EPS), "satrades-up": satrades_up(EPS),
+    "at-awp": rice_at(EPS, weights=AT_AWP), "trades-awp": rice_trades(EPS, weights=TRADES_AWP), "saat-up-awp": saat_up(EPS, weights=AT_AWP),
+    "iaat": iaat(EPS, warmup=67), "iaat-no-warm": iaat(EPS, warmup=0), "iaat-printed": iaat(EPS, warmup=67, misclassified="printed"), "mixup-at": mixup_at(EPS),
+    "cat": cat(EPS), "cat-ce": cat(EPS, mixed=False), "cat-minus-eta": cat(EPS, outcome="minus_eta"), "cat-v0": cat_v0(EPS), "cat-v2": cat_v2(EPS), "adv-ls": adv_ls(EPS), "adp-adv": adp_adv(EPS),
+    "dra": dra_finetune(EPS), "dra-constant": dra_finetune_constant(EPS), "dra-madry": madry_dra(EPS), "dra-trades": trades_dra(EPS, beta=6., factor=4.)}
 
 
 def spec(name):

@@ -11,19 +11,19 @@ from ..attacks import FGSM, Margin, PGD, UniformStart
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
 from ..methods import FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, unit
 from ..radius import LinearDAAT, PiecewiseDAAT
-from ..plans import Needs, Plan, Table
+from ..plans import Needs, Plan, Row, Table
 
 def rows(p):
     radius = daat(p.eps, p.rho, p.tau)
     return {
         'Natural':     natural(),
         'Standard AT': at(p.eps),
-        'FAT':         (fat(p.eps), FAT_TRAINING),
+        'FAT':         Row(fat(p.eps), FAT_TRAINING),
         'DAAT':        at(p.eps, radius),
         'TRADES':      trades(p.eps),
         'DAAT-TRADES': trades(p.eps, radius),
-        'MART':        (mart(p.eps), MART_RESNET18),
-        'DAAT-MART':   (mart(p.eps, radius), MART_RESNET18),
+        'MART':        Row(mart(p.eps), MART_RESNET18),
+        'DAAT-MART':   Row(mart(p.eps, radius), MART_RESNET18),
     }
 
 RHOS, TAUS = (0.01, 0.05, 0.1, 0.2, 0.4), (1, 2, 3)
