@@ -172,7 +172,7 @@ class Plan:
         p = Protocol(name, q.eps or own_eps, preset.name, getattr(q, 'rho', 0.) or DYNAMIC_RHO, getattr(q, 'tau', 0.) or 2., getattr(q, 'beta', 0.) or 6.)
         self._override('eps', p.eps, own_eps)
         if q.test_examples: self._override('test_examples', min(q.test_examples, info.n_test), preset.test_examples or info.n_test)
-        self._override('network', type(network).__name__, type(networks.network(preset.network or t.network)).__name__)
+        self._override('network', network.label, networks.network(preset.network or t.network).label)
         for extra in ('rho', 'tau', 'beta'):
             if getattr(q, extra, 0.): self._override(extra, getattr(q, extra), 'default')
         rows, columns = t.rows(p), t.columns(p)
@@ -259,7 +259,7 @@ def passes(run: Run, info: DatasetInfo) -> int:
 
 def disk(run: Run, info: DatasetInfo) -> int:
     "Bytes of a finished run: weights, momentum and the best weights, and the bank."
-    weights = sum(p.numel() for p in run.network.build(len(info.classes), info.shape[0]).parameters())
+    weights = run.network.size(len(info.classes), info.shape[0])
     return 3 * 4 * weights + 2 * info.n_train * min(run.training.epochs, 50)
 
 

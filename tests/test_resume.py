@@ -159,17 +159,17 @@ def test_killed_at_random_moments(whole, tmp_path):
     outputs, log, rng = tmp_path/"outputs", tmp_path/"log", random.Random(20)
     landed = []
 
-    def some_epochs(child):  # and a little more
-        done, more = epochs_done(outputs), rng.randint(1, 3)
-        return wait_until(lambda: epochs_done(outputs) >= done + more, child) and not child.join(rng.uniform(0, 0.3))
-    def some_evaluation(child):
+    def an_epoch(child):  # and a little more
+        done = epochs_done(outputs)
+        return wait_until(lambda: epochs_done(outputs) > done, child) and not child.join(rng.uniform(0, 0.15))
+    def an_evaluation(child):
         return wait_until(lambda: list(outputs.rglob("evals/*.json")), child)
-    def some_attack(child):
+    def an_attack(child):
         done = attacked(outputs)
         return wait_until(lambda: set(attacked(outputs)) - set(done), child) and not child.join(rng.uniform(0, 0.3))
-    def some_time(child): return not child.join(rng.uniform(0.05, 0.2) * seconds)
+    def some_time(child): return not child.join(rng.uniform(0.1, 0.6))
 
-    for moment in [some_epochs, some_epochs, some_time, some_epochs, some_evaluation, some_attack, some_attack, some_time, some_attack]:
+    for moment in [some_time, an_epoch, an_epoch, some_time, an_epoch, an_evaluation, an_attack, an_attack, some_time, an_attack]:
         child = process(log, outputs, WHOLE)
         if moment(child) and child.is_alive():
             killed(child)

@@ -156,7 +156,7 @@ def test_the_paper_path_on_both_blocks(tmp_path, tiny_archives):
     for line in lines:
         assert line["n"] == "32" and line["network"] == "narrow ResNet"
         assert float(line["difference"]) == pytest.approx(float(line["value"]) - float(line["paper"]), abs=1e-3)
-        assert "network=NarrowResNet" in line["overrides"] and re.search(r"epochs=1 of 1[02]0", line["overrides"])
+        assert "network=narrow ResNet" in line["overrides"] and re.search(r"epochs=1 of 1[02]0", line["overrides"])
     papers = {(l["dataset"], l["row"], l["column"]): float(l["paper"]) for l in lines}
     assert papers["CIFAR-10", "Natural", "natural"] == 94.63 and papers["CIFAR-10", "Natural", "natural"] != papers["SVHN", "Natural", "natural"]
     assert done.counts[:2] == [0, 12]  # with the rows that only Fig. 4 needs
