@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'SourceUnknown', 'qualified', 'normalised', 'sources', 'describe', 'digest', 'unhashed',
-           'Milestones', 'Ramp', 'in_epoch', 'replacing', 'write_text', 'write_json', 'locked', 'project_root']
+           'Milestones', 'Ramp', 'in_epoch', 'replacing', 'write_text', 'read_json', 'write_json', 'locked',
+           'project_root']
 
 # %% ../nbs/00_core.ipynb #83f74f3c
 import ast, dataclasses, hashlib, inspect, json, linecache, os, sys, textwrap
@@ -167,6 +168,12 @@ def replacing(path: str|Path):   # the file to (re)place
 def write_text(path: str|Path, text: str) -> None:
     "Write a text file atomically."
     with replacing(path) as part: part.write_text(text, encoding='utf-8')
+
+
+def read_json(path: str|Path) -> Any:
+    "Read a JSON file of the store; a damaged one is one sentence."
+    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as e: raise UserError(f'{path} is damaged and cannot be read; delete it and run the same command again, what it held is made anew.') from e
 
 
 def write_json(path: str|Path, value: Any) -> None:

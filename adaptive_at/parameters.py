@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'COMMON', 'ABOUT', 'COLUMN_ALIASES', 'TABLES', 'Parameter', 'checked', 'listed', 'chosen', 'printed',
            'Parameters', 'start']
 
-# %% ../nbs/02_parameters.ipynb #c82bc08d
-import csv, os, re, time
+# %% ../nbs/02_parameters.ipynb #56de0f6f
+import csv, re, tempfile, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,10 @@ class Parameters:
         try: return self.__dict__['values'][name]
         except KeyError: raise AttributeError(name) from None
 
+    def with_all(self) -> 'Parameters':
+        "The same for all rows and columns."
+        return Parameters(self.table, self.values | {'rows': '', 'columns': ''}, self.known_figures, self.main_figures, self.began)
+
     def command(self) -> str:
         "The command that repeats this notebook."
         known = COMMON | ABOUT
@@ -150,5 +154,6 @@ def _refuse_unknown(namespace: dict[str, Any], known: dict[str, Parameter]) -> N
 def _writable(folder: Path) -> None:
     "Refuse an output folder that cannot be written, without leaving anything behind."
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK): return
-    raise UserError(f'outputs is {str(folder)!r}, which cannot be written because of {there}; choose a folder you may write to.')
+    try:
+        with tempfile.TemporaryFile(dir=there): return
+    except OSError as e: raise UserError(f'outputs is {str(folder)!r}, which cannot be written because of {there} ({e.strerror}); choose a folder you may write to.') from e

@@ -141,7 +141,7 @@ class Block:
 class Plan:
     "All runs and evaluations of a table, in order."
     def __init__(self, table: Table, session: Session):
-        self.table, self.parameters, self.preset, self.device = table, session.parameters, session.preset, session.device
+        self.table, self.session, self.parameters, self.preset, self.device = table, session, session.parameters, session.preset, session.device
         parameters, preset = session.parameters, session.preset
         self.store = Store(parameters.outputs/'runs')
         self.folder = parameters.outputs/table.name/preset.name
@@ -208,6 +208,10 @@ class Plan:
             steps = min(column.attack.steps, most // min(column.restarts, 5))
             return replace(column, attack=replace(column.attack, steps=steps), restarts=min(column.restarts, most // steps))
         return column
+
+    def whole(self) -> 'Plan':
+        "The plan of all rows and columns."
+        return self if not (self.parameters.rows or self.parameters.columns) else Plan(self.table, replace(self.session, parameters=self.parameters.with_all()))
 
     @property
     def test_examples(self) -> int: return self.parameters.test_examples or self.preset.test_examples

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['versions', 'hardware', 'read', 'load', 'Store']
 
-# %% ../nbs/80_runs.ipynb #b5ffe594
-import csv, io, json, os, platform, time
+# %% ../nbs/80_runs.ipynb #e3cdeb80
+import csv, io, os, platform, time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from .core import UserError, describe, locked, replacing, write_json, write_text
+from .core import UserError, describe, locked, read_json, replacing, write_json, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate
 from .networks import Classifier, fingerprint
@@ -71,7 +71,7 @@ class Store:
 
     def finished(self, run: Run) -> bool:
         "Is the run trained to its end? The history's last line is written after everything else."
-        return len(self.history(run)) == run.training.epochs
+        return len(self.history(run)) == run.training.epochs and 'weights' in self.facts(run)
 
     def history(self, run: Run) -> list[dict]:
         "What was measured after each epoch."
@@ -82,7 +82,7 @@ class Store:
     def facts(self, run: Run) -> dict:
         "What `spec.json` says: the spec, how it was made, the weights' fingerprints, and `diverged` where it did."
         path = self.folder(run)/'spec.json'
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def radius(self, run: Run) -> dict[str, np.ndarray]:
         "The radius bank of a finished run."
@@ -146,7 +146,7 @@ class Store:
     def verdicts(self, run: Run, e: Evaluation) -> dict|None:
         "A stored evaluation's result."
         path = self._path(run, e)
-        return json.loads(path.read_text())['result'] if path.exists() else None
+        return read_json(path)['result'] if path.exists() else None
 
     def evaluate(self,
         run: Run,
@@ -166,7 +166,7 @@ class Store:
                     began = time.perf_counter()
                     model = self.model(run, data, which, device)
                     if fingerprint(model) != e.weights: raise UserError(f'{self.folder(run).name}: {which}.pt holds other weights than {e.weights}, which the evaluation is of; delete the folder to train the run again.')
-                    saved = json.loads(part.read_text()) if part.exists() else None
+                    saved = read_json(part) if part.exists() else None
                     result = evaluate(e, model, data, source, saved, lambda progress: write_json(part, progress))
                     write_json(path, {'evaluation': describe(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
                                       'made with': versions() | {'device': hardware(device), 'threads': n}})

@@ -227,9 +227,10 @@ def figure(self:Results,
 
 @patch
 def write(self:Results) -> Path:
-    "Write `table.csv`."
-    path = self.plan.folder/'table.csv'
-    write_text(path, self.frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    "Write `table.csv` from all that the store holds for the table, also where only a part of it was asked for."
+    path, frame = self.plan.folder/'table.csv', Results(self.plan.whole()).frame
+    frame = frame[(frame.n > 0) | (frame.warning != '')]
+    write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
     return path
 
 @patch

@@ -184,7 +184,7 @@ NOTHING = dict(preset="quick", figures="none", dry_run=True)  # what would be le
     (dict(columns="clean,PGD-7"), ["columns", "'PGD-7'", "PGD-20", "AA"]),
     (dict(datasets="cifar"), ["datasets", "'cifar'", "cifar10", "svhn"]),
     (dict(datasets="imagefolder:nowhere"), ["datasets", "nowhere", "train"]),
-    (dict(network="resnet50"), ["network", "'resnet50'", "resnet18", "narrow"]),
+    (dict(network="resnet17"), ["network", "'resnet17'", "resnet18", "narrow"]),
     (dict(device="tpu"), ["device", "'tpu'", "cuda"]),
     (dict(device="cuda:99"), ["device", "'cuda:99'", "cpu"]),
     (dict(figures="fig4,fig99"), ["figures", "'fig99'", "fig4", "fig6b", "none"]),
