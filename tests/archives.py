@@ -47,9 +47,13 @@ def write(root: Path, name: str, packed: bool = False) -> dict:
     return {"archives": sums, "official": {"files": files, "n_train": N_TRAIN, "n_test": N_TEST}}
 
 
-@functools.cache
 def formats(name: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
     "The files that are read, and those that are downloaded: path under the data folder -> content."
+    return _formats(name, N_TRAIN, N_TEST)
+
+
+@functools.cache
+def _formats(name: str, n_train: int, n_test: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
     content = {"cifar10": cifar10, "cifar100": cifar100, "svhn": svhn, "mnist": mnist}[name](*expected(name))
     if name == "svhn": return content, content
     if name == "mnist": return content, {f"{path}.gz": gzip.compress(raw) for path, raw in content.items()}

@@ -150,7 +150,7 @@ def test_the_paper_path_on_both_blocks(tmp_path, tiny_archives):
     env = archives.environment(tmp_path/"data", ("cifar10", "svhn"))
     done = Executed(tmp_path, env, preset="paper", datasets="all", network="narrow", rows="Natural,FAT,DAAT-MART", columns="clean,PGD-20,Non-Robust", figures="fig4",
                     epochs=1, train_examples=64, test_examples=32, device="cpu").succeeded()
-    lines = table(tmp_path, "paper")
+    lines = [l for l in table(tmp_path, "paper") if l["row"] in ("Natural", "FAT", "DAAT-MART")]  # the file also holds what Fig. 4 needed of other rows
     assert [(l["dataset"], l["row"], l["column"]) for l in lines] == [
         (d, r, c) for d in ("CIFAR-10", "SVHN") for r in ("Natural", "FAT", "DAAT-MART") for c in ("natural", "PGD-20", "transfer PGD-20 (Non-Robust)") if (r, c) != ("Natural", "transfer PGD-20 (Non-Robust)")]
     for line in lines:
