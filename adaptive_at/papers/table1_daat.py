@@ -91,10 +91,10 @@ def fig3(results, block):
                 value, low, high = np.array([results.interval(block, fixed(rho, tau), column) for rho in RHOS]).T
                 ax.errorbar(np.arange(len(RHOS)) + 0.12 * (tau - 2), value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=rf'$\tau={tau}$')
             ax.set(xticks=range(len(RHOS)), xticklabels=RHOS, xlabel=r'$\rho$', ylabel=f'{column} accuracy (%)', title=column)
-        axes[0].legend()
         shown = {r'$\rho=0.05$': fixed(0.05, 2), r'$\rho=0.4$': fixed(0.4, 2), r'dynamic $\rho$': 'DAAT'}
         curves(axes[2:], {label: results.plan.store.history(block.runs[row][0]) for label, row in shown.items()}, 'robust (PGD-10)')
-        axes[2].legend()
+        fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower left', ncols=3)
+        fig.legend(*axes[2].get_legend_handles_labels(), loc='outside lower right', ncols=3)
     return fig
 
 # %% ../../nbs/table1_daat.ipynb #bd0014af
