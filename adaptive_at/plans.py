@@ -178,6 +178,10 @@ class Plan:
         rows, columns = t.rows(p), t.columns(p)
         selected, shown = chosen('rows', q.rows, rows), chosen('columns', '' if q.columns == 'all' else q.columns, columns, COLUMN_ALIASES)
         rows, columns = rows | t.extra_rows(p), {label: self._capped(c) for label, c in (columns | t.extra_columns(p)).items()}
+        homeless = {c: columns[c].surrogate for c in shown if columns[c].surrogate and columns[c].surrogate not in rows}  # a reader may have taken the surrogate's row out
+        for c, surrogate in homeless.items():
+            if q.columns: raise UserError(f'columns names {c!r}, whose adversaries are made on the row {surrogate!r}, which this table does not have; add that row or leave the column out.')
+        shown = [c for c in shown if c not in homeless]
         needs = [t.figures[f] for f in self.figures if f in t.figures]
         cells = {row: [(c, t.checkpoint) for c in shown if columns[c].surrogate != row] for row in selected}  # a surrogate is not attacked by itself
         for need in needs:

@@ -1,5 +1,6 @@
 "The store as a user meets it: parts of a table, damaged or deleted files."
 import csv
+from dataclasses import replace
 
 import pytest
 
@@ -46,3 +47,10 @@ def test_a_damaged_file_is_one_sentence_and_deleting_it_mends_it(store, pattern)
 
 def test_an_output_folder_that_only_looks_writable_is_refused():
     with pytest.raises(UserError, match="outputs is '/proc/nowhere'"): run(TABLE, **SIZE, rows="Natural", columns="clean", outputs="/proc/nowhere")
+
+
+def test_a_table_without_its_surrogate_s_row_leaves_the_column_out(tmp_path):
+    table = replace(TABLE, rows=lambda p: {"Standard AT": TABLE.rows(p)["Standard AT"]})
+    results = run(table, **SIZE, columns="clean", outputs=str(tmp_path))
+    assert list(results.frame.column) == ["natural"]
+    with pytest.raises(UserError, match="made on the row 'Natural'"): run(table, **SIZE, columns="Non-Robust", outputs=str(tmp_path))
