@@ -228,7 +228,8 @@ def figure(self:Results,
 @patch
 def write(self:Results) -> Path:
     "Write `table.csv` from all that the store holds for the table, also where only a part of it was asked for."
-    path, frame = self.plan.folder/'table.csv', Results(self.plan.whole()).frame
+    path, whole = self.plan.folder/'table.csv', self.plan.whole()
+    frame = (self if whole is self.plan else Results(whole)).frame
     frame = frame[(frame.n > 0) | (frame.warning != '')]
     write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
     return path
