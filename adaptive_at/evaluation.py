@@ -31,7 +31,7 @@ class Images:
 @dataclass(frozen=True)
 class Column:
     "Base of all columns."
-    steps, surrogate = 0, ''   # gradient steps per example, and the row that makes the adversaries, where another one does
+    steps, surrogate, part = 0, '', 'test'   # gradient steps per example; the row that makes the adversaries, where another one does; the part of the data
 
     def batch(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise, source: nn.Module) -> Tensor:
         "Which examples of a batch are still classified right [B]."
@@ -64,6 +64,7 @@ class WhiteBox(Column):
     attack: PGD
     eps: float
     restarts: int = 1
+    part: str = 'test'   # or 'train'
 
     @property
     def steps(self): return self.attack.steps * self.restarts
@@ -74,16 +75,18 @@ class WhiteBox(Column):
 
 @dataclass(frozen=True)
 class Transfer(Column):
-    "Accuracy on adversaries made for another model (the last iterate on every example)."
+    "Accuracy on adversaries made for another model (the last iterate on every example, in each restart)."
     attack: PGD
     eps: float
     surrogate: str = ''  # the row whose model is attacked
+    restarts: int = 1
 
     @property
-    def steps(self): return self.attack.steps
+    def steps(self): return self.attack.steps * self.restarts
 
     def batch(self, model, x, y, noise, source):
-        return model(self.attack(source, x, y, self.eps, noise)).argmax(1) == y
+        right = [model(self.attack(source, x, y, self.eps, noise.of('restart', r))).argmax(1) == y for r in range(self.restarts)]
+        return torch.stack(right).all(0)
 
 # %% ../nbs/75_evaluation.ipynb #07d73998
 @dataclass(frozen=True)
@@ -168,8 +171,9 @@ def evaluate(
     save: Callable[[dict], None] = lambda progress: None
 ) -> dict:                           # plain values: accuracy, n, verdicts, facts for warnings
     "Run an evaluation: eager, fp32, eval mode."
-    index = balanced(data.test.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
-    images = Images(to_unit(data.test.x[index]), data.test.y[index], index)
+    split = data.train if e.column.part == 'train' else data.test
+    index = balanced(split.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
+    images = Images(to_unit(split.x[index]), split.y[index], index)
     with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
         standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
         result = {'accuracy': 100 * float(standing.float().mean()), 'n': len(standing), 'standing': pack(standing)}

@@ -213,7 +213,11 @@ class NarrowResNet(Network):
     "A narrow residual network for images of 8 to 32 pixels, seconds per epoch on one core."
     width_factor: int = 16               # channels of the first stage; the next have 2 and 4 times as many
     strides: tuple[int, ...] = (1, 2, 2) # one block per stage
-    label, threads = 'narrow ResNet', 1  # one thread: a small network gains nothing from more, and two rows may train side by side
+    threads = 1  # a small network gains nothing from more, and two rows may train side by side
+
+    @property
+    def label(self): return 'narrow ResNet' if self.width_factor == 16 else f'narrow ResNet (width {self.width_factor})'
+
     def parts(self, channels):
         widths = [self.width_factor * 2**i for i in range(len(self.strides))]
         blocks = (1,) * len(widths)
@@ -391,7 +395,7 @@ class SmallCNN(Network):
 
 # %% ../nbs/20_networks.ipynb #b9c0d5c4
 NETWORKS: dict[str, Network] = {
-    'narrow': NarrowResNet(),
+    'narrow': NarrowResNet(), **{f'narrow-{k}': NarrowResNet(width_factor=k) for k in (4, 8, 24, 32)},
     'resnet18': ResNet18(), 'resnet34': ResNet34(), 'resnet50': ResNet50(), 'resnet101': ResNet101(), 'resnet152': ResNet152(),
     'imagenet-resnet50': ImageNetResNet50(), 'imagenet-resnet101': ImageNetResNet101(), 'imagenet-resnet152': ImageNetResNet152(),
     'preactresnet18': PreActResNet18(),

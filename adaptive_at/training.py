@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, restarted
-from .core import UserError, digest, in_epoch
+from .core import UserError, digest, in_epoch, slug
 from .datasets import Augment, Batch, Dataset, Split, balanced, batches, to_unit
 from .methods import Method, Training
 from .networks import Classifier, Network, in_mode
@@ -55,8 +55,8 @@ class Run:
     @property
     def slug(self) -> str:
         "A name for people; only the hash identifies."
-        parts = [self.dataset.partition(':')[0], *(type(p).__name__ for p in (self.network, self.method.radius, self.method.attack, self.method.objective)), f's{self.seed}']
-        return '-'.join(parts).lower()
+        pieces = (type(p).__name__ for p in (self.method.radius, self.method.attack, self.method.objective))
+        return slug(' '.join([self.dataset, self.network.label, *pieces, f's{self.seed}']))
 
 # %% ../nbs/70_training.ipynb #09f0cd9c
 class State:

@@ -54,7 +54,7 @@ def test_fig4_enlarged_reaches_beyond_eps_and_not_beyond_its_cap(banks):
 
 
 def test_every_row_a_figure_needs_exists():
-    p = Protocol("digits", EPS, "quick")
+    p = Protocol("digits", "resnet18", EPS, "quick")
     rows, columns = TABLE.rows(p) | TABLE.extra_rows(p), TABLE.columns(p) | TABLE.extra_columns(p)
     for name, need in TABLE.figures.items():
         assert set(need.rows) <= set(rows), name
