@@ -352,10 +352,9 @@ def test_measuring_reads_no_more_images_than_it_needs(root, read, monkeypatch):
 def test_evaluation_reads_a_batch_at_a_time_and_gives_the_same(root, column, short, monkeypatch):
     data = ds.load("imagenet", root)
     model = trained(spec(data, training=Training(epochs=1, batch=4)), data).model.eval()
-    most, get = [], ds.ImageFiles.__getitem__
-    monkeypatch.setattr(ds.ImageFiles, "__getitem__", lambda self, index: (x := get(self, index), most.append(len(x)))[0])
-    e = ds.replace(evaluation(column, data.info.identity, ""), batch=2)
-    files = evaluate(e, model, data)
+    sizes, get = [], ds.ImageFiles.__getitem__
+    monkeypatch.setattr(ds.ImageFiles, "__getitem__", lambda self, index: (x := get(self, index), sizes.append(len(x)))[0])
+    files = evaluate(ds.replace(evaluation(column, data.info.identity, ""), batch=2), model, data)
     n = 3 if getattr(column, "limit", 0) else 6
-    assert files == evaluate(e, model, in_memory(data)) and files["n"] == n and most
-    if isinstance(column, AutoAttack): assert max(most[:-2]) <= 2
+    assert files["n"] == n and max(sizes[:n // 2]) <= 2   # afterwards: up to 500 for the facts behind the warnings
+    assert files == evaluate(ds.replace(evaluation(column, data.info.identity, ""), batch=2), model, in_memory(data))
