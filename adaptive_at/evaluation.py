@@ -15,7 +15,7 @@ import torch
 from torch import nn, Tensor
 from .attacks import CrossEntropy, PGD, gradient, restarted
 from .core import digest
-from .datasets import Dataset, balanced, to_unit
+from .datasets import Dataset, ImageFiles, balanced, to_unit
 from .networks import frozen, in_mode
 from .streams import Noise, key
 
@@ -23,9 +23,13 @@ from .streams import Noise, key
 @dataclass(frozen=True)
 class Images:
     "The test images of an evaluation."
-    x: Tensor       # [N,C,H,W] float32 in [0,1]
-    y: Tensor       # [N]
-    index: Tensor   # [N], their places in the test set
+    x: Tensor|ImageFiles  # [N,C,H,W] float32 in [0,1]
+    y: Tensor             # [N]
+    index: Tensor         # [N], their places in the test set
+
+    def parts(self, size: int) -> tuple[Tensor, ...]:
+        "The numbers 0 to N-1, `size` at a time: 50,000 large images are not read at once."
+        return torch.arange(len(self.y), device=self.y.device).split(size)
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,8 @@ class Column:
         save: Callable[[dict], None] = lambda progress: None
     ) -> Tensor:                        # bool [N]
         "Which examples are still classified right."
-        parts = torch.arange(len(images.y), device=images.y.device).split(batch)
         noise = Noise(key(seed, 'evaluation'), images.index)
-        return torch.cat([self.batch(model, images.x[i], images.y[i], noise[i], source or model) for i in parts])
+        return torch.cat([self.batch(model, images.x[i], images.y[i], noise[i], source or model) for i in images.parts(batch)])
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class AutoAttack(Column):
             ensemble.apgd.loss, ensemble.fab.targeted = 'ce', True
             ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = min(9, classes - 1)
             run = {'apgd-ce': ensemble.apgd, 'apgd-t': ensemble.apgd_targeted, 'fab-t': ensemble.fab, 'square': ensemble.square}
-            right = torch.cat([model(p).argmax(1) for p in x.split(batch)]) == y
+            right = torch.cat([model(x[i]).argmax(1) for i in images.parts(batch)]) == y
             done = saved or {'attack': 0, 'batch': 0, 'start': pack(right), 'standing': pack(right)}
             start, standing = unpack(done['start'], y.device), unpack(done['standing'], y.device)
             names = self.attacks(classes)
@@ -173,7 +176,8 @@ def evaluate(
     "Run an evaluation: eager, fp32, eval mode."
     split = data.train if e.column.part == 'train' else data.test
     index = balanced(split.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
-    images = Images(to_unit(split.x[index]), split.y[index], index)
+    chosen = split.part(index)
+    images = Images(to_unit(chosen.x), chosen.y, index)
     with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
         standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
         result = {'accuracy': 100 * float(standing.float().mean()), 'n': len(standing), 'standing': pack(standing)}
@@ -184,7 +188,7 @@ def evaluate(
 
 def _predictions(model: nn.Module, images: Images) -> dict:
     "How often the most frequent class is predicted, and whether all logits are finite."
-    logits = torch.cat([model(x) for x in images.x.split(500)])
+    logits = torch.cat([model(images.x[i]) for i in images.parts(500)])
     return {'top_class_share': float(logits.argmax(1).bincount().max() / len(logits)), 'finite': bool(logits.isfinite().all())}
 
 

@@ -16,7 +16,7 @@ import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, restarted
 from .core import UserError, digest, in_epoch, slug
-from .datasets import Augment, Batch, Dataset, Split, balanced, batches, to_unit
+from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
 from .methods import Method, Training
 from .networks import Classifier, Network, in_mode
 from .radius import Bank, Setting
@@ -44,7 +44,7 @@ class Run:
     method: Method
     training: Training
     monitor: Monitor
-    augment: Augment = Augment()
+    augment: Augment|ResizedCrop = Augment()
     train_examples: int = 0 # a class-balanced subset; 0: all
     seed: int = 0
     start: 'Run|None' = None  # the run whose last weights it starts from
@@ -199,8 +199,7 @@ def train(
 
 def _measured(run: Run, data: Dataset, model: nn.Module, subset: Tensor) -> dict:
     "Natural and robust accuracy on every part of the data."
-    trained = Split(data.train.x[subset], data.train.y[subset])
-    parts = {'train': trained, 'val': data.val, 'test': data.test}
+    parts = {'train': data.train.part(subset), 'val': data.val, 'test': data.test}
     out = {}
     for name, split in parts.items():
         if split is not None: out[f'{name}_natural'], out[f'{name}_robust'] = measure(model, split, run.monitor)
