@@ -518,8 +518,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                                                                      'adaptive_at/saat.py'),
                                   'adaptive_at.saat.StrengthAdaptivePGD.passes': ( 'saat.html#strengthadaptivepgd.passes',
                                                                                    'adaptive_at/saat.py'),
-                                  'adaptive_at.saat.StrengthAdaptivePGD.under': ( 'saat.html#strengthadaptivepgd.under',
-                                                                                  'adaptive_at/saat.py'),
                                   'adaptive_at.saat._extended': ('saat.html#_extended', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.for_classes': ('saat.html#for_classes', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.in_255ths': ('saat.html#in_255ths', 'adaptive_at/saat.py'),
