@@ -539,6 +539,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                   'adaptive_at.saat.radii': ('saat.html#radii', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.rice_at': ('saat.html#rice_at', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.rice_trades': ('saat.html#rice_trades', 'adaptive_at/saat.py'),
+                                  'adaptive_at.saat.robustness_disparity': ('saat.html#robustness_disparity', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.saat': ('saat.html#saat', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.saat_down': ('saat.html#saat_down', 'adaptive_at/saat.py'),
                                   'adaptive_at.saat.saat_up': ('saat.html#saat_up', 'adaptive_at/saat.py'),
