@@ -138,7 +138,7 @@ def calibrate(
     def left(factor: float) -> float: return accuracy(model, attack, x, y, factor * dra)
 
     wanted, (low, high) = accuracy(model, reference or PGD(pgd / 20, 20), x, y, pgd), bounds
-    if not left(low) >= wanted >= left(high):
+    if not left(low) > wanted >= left(high):
         raise UserError(f'PGD leaves {wanted:.1f}% of the images and no factor from {low:g} to {high:g} makes DRA do so; give wider `bounds`, or a network trained on clean images.')
     for _ in range(rounds):
         middle = math.sqrt(low * high)
