@@ -100,7 +100,7 @@ def printed(table: str) -> list[dict[str, str]]:
     with open(Path(__file__).parent/'papers'/f'{table}.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../nbs/02_parameters.ipynb #d59adb8e
-TABLES = {  # table -> its own parameters (of ABOUT, where a paper's name before the slash tells apart what papers call alike); its figures, those of `main` before the bar
+TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name before the slash tells apart what papers call alike); its figures, those of `main` before the bar
     'table1_daat': ('eps rho tau', 'fig4 fig6b | fig2 fig3 fig5 fig6a variants'),
     'table1_saat': ('eps', 'fig1 | fig2 fig3'),
     'table2_saat': ('eps eps_max saat/rho beta', ''),
@@ -123,6 +123,7 @@ TABLES = {  # table -> its own parameters (of ABOUT, where a paper's name before
     'table5_dra': ('eps p factor', ''),
     'table6_dra': ('eps factor', ''),
     'table7_dra': ('eps p factor', 'fig5'),
+    'frontier': ('eps', 'frontier'),
 }
 
 

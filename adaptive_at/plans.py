@@ -8,7 +8,7 @@ __all__ = ['COPY', 'PRESETS', 'PUBLISHED_PASS', 'Protocol', 'Part', 'Recipe', 'R
 
 # %% ../nbs/88_plans.ipynb #cd24eb39
 import shutil, subprocess, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -131,6 +131,10 @@ class Session:
     parameters: Parameters
     preset: Preset
     device: torch.device
+
+    def workers(self, runs: Iterable[Run]) -> int:
+        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, else one."
+        return cores() if self.device.type == 'cpu' and all(run.network.threads == 1 for run in runs) else 1
 
 
 def settle(parameters: Parameters) -> Session:
@@ -366,8 +370,8 @@ def spoken(seconds: float) -> str:
 # %% ../nbs/88_plans.ipynb #ba79c6f2
 @patch
 def workers(self:Plan, block: Block) -> int:
-    "How many rows are trained side by side: one per core for networks that use one thread, else one."
-    return cores() if self.device.type == 'cpu' and all(run.network.threads == 1 for runs in block.runs.values() for run in runs) else 1
+    "How many rows are trained side by side."
+    return self.session.workers(run for runs in block.runs.values() for run in runs)
 
 
 @patch
