@@ -55,7 +55,11 @@ def corrupt(
         for i, place in enumerate(index.tolist()):
             seed = key('corruption', name, severity, place) % 2**32
             np.random.seed(seed)
-            done[i] = package.corrupt(large[i], severity, name, **({'seed': seed} if name in SEEDED else {}))
+            try:
+                with np.errstate(invalid='raise'): done[i] = package.corrupt(large[i], severity, name, **({'seed': seed} if name in SEEDED else {}))
+            except FloatingPointError:
+                if name != 'spatter': raise
+                done[i] = large[i]   # where not one drop falls, which is rare, the package divides by the strongest drop, 0, and gives a black image
     finally: np.random.set_state(state)
     total = done.reshape(n, h, k, w, k, 3).sum((2, 4), dtype=np.int64)
     count = k * k * (3 if c == 1 else 1)

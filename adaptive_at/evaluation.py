@@ -84,7 +84,7 @@ class WhiteBox(Column):
     part: str = 'test'   # or 'train'
 
     @property
-    def steps(self): return self.attack.steps * self.restarts
+    def steps(self): return getattr(self.attack, 'passes', self.attack.steps) * self.restarts
 
     def batch(self, model, x, y, noise, source):
         return restarted(self.attack, model, x, y, self.eps, noise, self.restarts)[1]
@@ -236,8 +236,9 @@ def wilson(
 # %% ../nbs/75_evaluation.ipynb #4579e211
 def interval(result: dict) -> tuple[float, float]:  # in percent
     "95% interval of an evaluation: Wilson's for verdicts, the normal one for scores."
-    if 'scores' not in result: return wilson(result['accuracy'], result['n'])
-    half = 196 * float(scores(result).std()) / math.sqrt(result['n'])
+    found = scores(result)
+    if 'scores' not in result or (found == found[0]).all(): return wilson(result['accuracy'], result['n'])  # equal scores say nothing of the spread
+    half = 196 * float(found.std()) / math.sqrt(len(found))
     return result['accuracy'] - half, result['accuracy'] + half
 
 # %% ../nbs/75_evaluation.ipynb #f207843d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAAT_TRAINING', 'SAAT_AUGMENT', 'radii', 'StrengthAdaptivePGD', 'in_255ths', 'rice_at', 'rice_trades', 'saat',
-           'saat_down', 'saat_up', 'satrades_up', 'for_classes']
+           'saat_down', 'saat_up', 'satrades_up', 'for_classes', 'robustness_disparity']
 
 # %% ../nbs/61_saat.ipynb #4981fc61
 import math
@@ -118,3 +118,11 @@ def for_classes(rho: float, classes: int) -> float:
 # %% ../nbs/61_saat.ipynb #b5f666cf
 SAAT_TRAINING = Training(epochs=200, weight_decay=5e-4, schedule=Milestones(at=(101/200, 151/200), values=(1., 0.1, 0.01)))
 SAAT_AUGMENT = Augment(crop=4, pad='reflect', flip=True)
+
+# %% ../nbs/61_saat.ipynb #c5aa36fe
+def robustness_disparity(
+    natural: float|Tensor,             # accuracy without an attack, or one such number per image
+    robust: dict[float, float|Tensor]  # radius -> accuracy under an attack, likewise
+) -> float|Tensor:                     # what is lost per unit of radius, one number or one per image
+    "RD, the mean of (A_0 - A_i) / eps_i over the radii (SAAT section 3.1)."
+    return sum((natural - accuracy) / eps for eps, accuracy in robust.items()) / len(robust)

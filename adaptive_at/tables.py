@@ -244,7 +244,7 @@ def smaller(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 @patch
 def figure(self:Results,
     name: str,                            # e.g. 'fig4'
-    draw: Callable[[Results, Block], Figure],  # draws one block
+    draw: Callable[[Results, Block], Figure|None],  # draws one block; None: that block stands in another's figure
 ) -> None:
     "Draw a figure for each block, save it as PNG beside the table, and show it; nothing where it was not asked for."
     import matplotlib.pyplot as plt
@@ -255,7 +255,7 @@ def figure(self:Results,
         if missing := [r for r in plan.table.figures.get(name, Needs()).rows if not all(plan.store.finished(run) for run in block.runs[r])]:
             print(f'{name}: not drawn for {plan.named(block)}, because {", ".join(missing)} did not train to the end')
             continue
-        fig = draw(self, block)
+        if (fig := draw(self, block)) is None: continue
         path = plan.folder/('_'.join([name, *([slug(plan.named(block))] if i else [])]) + '.png')
         with replacing(path) as part: fig.savefig(part, format='png')
         display(fig)
