@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
+from torch import Tensor
 from .attacks import CleanStart, KL, NormalStart, PGD, UniformStart, gradient, per_example
 from .core import Milestones
 from .datasets import Augment
