@@ -21,11 +21,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two processes w
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
+import matplotlib
 import nbformat
 from fastcore.docments import docments
 from nbdev.process import NBProcessor
 from nbdev.processors import add_show_docs, clean_magics, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
 from sphinx.cmd.build import build_main
+
+matplotlib.use("Agg")
+from pictures import draw
 
 PAPERS = {"daat": "DAAT", "saat": "SAAT", "iaat": "IAAT", "cat": "CAT", "dra": "DRA"}
 
@@ -70,6 +74,12 @@ class Notebook:
         return title[1].strip(), line[1].strip()
 
     @property
+    def figures(self) -> list[str]:
+        "The paper's figures that it draws, as they are printed: Fig. 6b."
+        names = dict.fromkeys(re.findall(r"\.figure\(\s*['\"](\w+)", "\n".join(c.source for c in self.source.cells if c.cell_type == "code")))
+        return [re.sub(r"^fig(\d+\w*)$", r"Fig. \1", n) for n in names]
+
+    @property
     def skipped(self) -> bool: return any(c.cell_type == "raw" and "skip_exec: true" in c.source for c in self.source.cells)
 
 
@@ -82,7 +92,6 @@ def notebooks(root: Path = root) -> list[Notebook]:
 
 def execute(path: Path, into: Path) -> None:
     "Run a notebook in this process, as `nbdev_test` does, and keep what it shows."
-    import matplotlib
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     os.chdir(path.parent)
@@ -224,7 +233,7 @@ class Site:
         text = re.sub(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}", r"\1{\2}", text, flags=re.M)
         pages = {b.path.name: b.page for b in self.books}
         text = re.sub(r"\]\((?:\.?/?nbs/)?([\w-]+\.ipynb)(#[^)]*)?\)", lambda m: f"](/{pages[m[1]]}{'.ipynb' if m[1] in pages else ''}{m[2] or ''})" if m[1] in pages else m[0], text)
-        parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\))", text, flags=re.M | re.S)  # not inside code blocks and links
+        parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\)|^#+ .*?$)", text, flags=re.M | re.S)  # not inside code blocks, links and headings
         return "".join(p if i % 2 else re.sub(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)", lambda m: self._symbol(m[1], book), p) for i, p in enumerate(parts))
 
     def _symbol(self, name: str, book: Notebook) -> str:
@@ -298,17 +307,22 @@ class Site:
         "A paper's tables and whether they were executed."
         books = [b for b in self.of("tables") if b.name.endswith(f"_{paper}")]
         if not books: return "None of its tables has a notebook yet."
-        lines = [f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} | {ran(self.found[b.name]) if b.name in self.found else 'not executed yet'} |" for b in books]
-        return "\n".join(["| table | what it shows | here |", "| --- | --- | --- |", *lines])
+        lines = [f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} | {', '.join(b.figures)} | {ran(self.found[b.name]) if b.name in self.found else 'not executed yet'} |" for b in books]
+        return "\n".join(["| table | what it shows | figures | here |", "| --- | --- | --- | --- |", *lines])
+
+    def paper(self, page: Path) -> str:
+        "A page of docs/papers with what it asks for: its picture, its tables, links to modules."
+        picture = "".join(f"```{{image}} {page.stem}-{n}-{theme}.svg\n:class: only-{theme}\n:alt: {page.stem.upper()}, panel {n}\n```\n" for n in (1, 2) for theme in ("light", "dark"))
+        text = re.sub(r"<!-- picture: (.*?) -->", lambda m: f"::::{{container}} picture\n{picture}::::\n\n{{.caption}}\n{m[1]}", page.read_text(encoding="utf-8"), flags=re.S)
+        text = text.replace("<!-- tables -->", self.tables(page.stem))
+        text = re.sub(r"\{py\}`(\w+)`", lambda m: f"[`adaptive_at.{m[1]}`](/{self.modules[m[1]].page}.ipynb)", text)
+        return self.linked(text, self.books[0])
 
     def write(self) -> None:
         "All pages."
         for folder in ("papers", "tables", "library", "guides", "benchmarks", "notebooks"): (self.source / folder).mkdir(parents=True, exist_ok=True)
         for b in self.books: nbformat.write(self.page(b), self.source / f"{b.page}.ipynb")
-        blank = Notebook(root / "nbs" / "index.ipynb")
-        for page in sorted((root / "docs" / "papers").glob("*.md")):
-            text = page.read_text(encoding="utf-8").replace("<!-- tables -->", self.tables(page.stem))
-            (self.source / "papers" / page.name).write_text(self.linked(text, blank), encoding="utf-8")
+        for page in sorted((root / "docs" / "papers").glob("*.md")): (self.source / "papers" / page.name).write_text(self.paper(page), encoding="utf-8")
         index = lambda section, title, text, pages: (self.source / section / "index.md").write_text(
             f"# {title}\n\n{text}\n\n```{{toctree}}\n:hidden:\n\n" + "\n".join(f"/{p}" for p in pages) + "\n```\n", encoding="utf-8")
         index("tables", "Tables", TABLES + "\n\n".join(f"## {label}\n\n{self.tables(p)}" for p, label in PAPERS.items()), [b.page for p in PAPERS for b in self.of("tables") if b.name.endswith(f"_{p}")])
@@ -379,6 +393,7 @@ def build(out: Path) -> None:
     print(f"notebooks executed ({time.time() - began:.0f} s)")
     for folder in ("source", "html"): shutil.rmtree(out / folder, ignore_errors=True)
     Site(books, found, out / "source").write()
+    draw(out / "source" / "papers")
     if build_main(["-W", "--keep-going", "-q", "-E", "-b", "html", "-c", str(root / "docs"), "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")]): sys.exit("Sphinx has warnings, see above.")
     if wrong := broken(out / "html"): sys.exit("\n".join(["Broken links:", *wrong]))
     print(f"{out / 'html' / 'index.html'} ({time.time() - began:.0f} s)")
