@@ -50,3 +50,4 @@ html_theme_options = {
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
+html_show_search_summary = False  # they are fetched, which a browser refuses for pages opened from disk
