@@ -107,7 +107,7 @@ class Trained:
         "Draw attacked images, framed by whether they are still taken for their class."
         x, taken = self.taken(of, radius)
         for a, picture, k, y in zip(ax, x.cpu(), taken.tolist(), self.images(of)[1].tolist()):
-            a.imshow(picture.permute(1, 2, 0), cmap='gray', vmin=0, vmax=1)
+            a.imshow(picture.permute(1, 2, 0).numpy(), cmap='gray', vmin=0, vmax=1)
             a.set(xticks=[], yticks=[])
             a.set_xlabel(self.info.classes[k], fontsize='small', labelpad=2)
             for spine in a.spines.values(): spine.set(visible=True, color=PALETTE[2 if k == y else 3], linewidth=2.5)
@@ -153,7 +153,7 @@ def fig4(results, block):
             value, low, high = np.array([results.interval(block, row, column) for column in ('natural', *map(swept, SWEEP))]).T
             ax.errorbar((0, *SWEEP), value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=label)
         ax.axvline(8, color=GREY, lw=1, ls=':')
-        ax.set(xlabel=rf'test radius $\cdot\,8/\epsilon$', ylabel='accuracy under PGD-100 (%)')
+        ax.set(xlabel=r'test radius $\cdot\,8/\epsilon$', ylabel='accuracy under PGD-100 (%)')
         ax.legend()
     return fig
 

@@ -59,8 +59,9 @@ def fig9(results, block):
             columns = {b.columns[f'PGD-{t}'].steps: f'PGD-{t}' for t in reversed(STEPS)}  # those beyond a preset's limit ran as the limit
             steps = sorted(columns)
             value, low, high = np.array([results.interval(b, 'IAAT', columns[t]) for t in steps]).T
-            ax.errorbar(steps, value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour, label=b.network.label)
-        ax.set(xscale='log', xticks=steps, xticklabels=steps, xlabel='steps of the attack', ylabel=rf'accuracy at $\epsilon$ (%)')
+            ax.errorbar(steps, value, (value - low, high - value), marker=marker, ms=4, lw=1.4, capsize=2, color=colour,
+                        label=b.network.label + (f' for {b.reference[1]}' if b.network.label != b.reference[1] else ''))
+        ax.set(xscale='log', xticks=steps, xticklabels=steps, xlabel='steps of the attack', ylabel=r'accuracy at $\epsilon$ (%)')
         ax.minorticks_off()
         fig.legend(loc='outside right center')
     return fig
