@@ -60,7 +60,7 @@ ABOUT = {  # what single tables are about
     'c': _numbers('how much of a label CAT gives away per eps, or 0 for 10', 0.),
     'kappa': _numbers('the clip of CAT\'s margin, or 0 for 10', 0.),
     'p': Parameter(0., 'the share of the pixels that DRA changes, a number up to 1, or 0 for the paper\'s', lambda v: 0 <= v <= 1),
-    'factor': _numbers('a factor on DRA\'s eps, or 0 for 1', 0.),
+    'factor': _numbers('a factor on DRA\'s eps, or 0 for the table\'s own', 0.),
 }
 
 # %% ../nbs/02_parameters.ipynb #725fd7ae
