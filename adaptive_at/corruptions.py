@@ -9,7 +9,7 @@ __all__ = ['STANDARD', 'COMMON', 'SEVERITIES', 'SMALLEST', 'SEEDED', 'OFFICIAL',
 # %% ../nbs/77_corruptions.ipynb #ad0c10e8
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
@@ -55,7 +55,11 @@ def corrupt(
         for i, place in enumerate(index.tolist()):
             seed = key('corruption', name, severity, place) % 2**32
             np.random.seed(seed)
-            done[i] = package.corrupt(large[i], severity, name, **({'seed': seed} if name in SEEDED else {}))
+            try:
+                with np.errstate(invalid='raise'): done[i] = package.corrupt(large[i], severity, name, **({'seed': seed} if name in SEEDED else {}))
+            except FloatingPointError:
+                if name != 'spatter': raise
+                done[i] = large[i]   # where not one drop falls, which is rare, the package divides by the strongest drop, 0, and gives a black image
     finally: np.random.set_state(state)
     total = done.reshape(n, h, k, w, k, 3).sum((2, 4), dtype=np.int64)
     count = k * k * (3 if c == 1 else 1)
@@ -206,6 +210,10 @@ class Corruption(Column):
     @property
     def note(self) -> str: return self.source.note
 
+    def placed(self, info, data_root, folder):
+        "With this dataset's source."
+        return replace(self, source=source(info, data_root, folder))
+
     def needs(self) -> str:
         "One sentence on what is missing before this can be evaluated; empty: nothing."
         return self.source.needs(self.names)
@@ -241,7 +249,9 @@ class MeanCorruptionError(Corruption):
     names: tuple[str, ...] = STANDARD
     relative: bool = False            # divided by AlexNet's errors on ImageNet-C: for ImageNet only
 
-    lower_is_better = True
+    def placed(self, info, data_root, folder):
+        "With this dataset's source, and relative to AlexNet's errors on ImageNet."
+        return replace(super().placed(info, data_root, folder), relative=info.name == 'imagenet')
 
     def __post_init__(self):
         super().__post_init__()

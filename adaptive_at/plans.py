@@ -231,7 +231,7 @@ class Plan:
         rows, columns, more = t.rows(p), t.columns(p), t.more_columns(p)
         selected = chosen('rows', q.rows, rows)
         shown = list(columns) if not q.columns else chosen('columns', '' if q.columns == 'all' else q.columns, columns | more, COLUMN_ALIASES | t.aliases)
-        rows, columns = rows | t.extra_rows(p), {label: self._capped(c) for label, c in (columns | more | t.extra_columns(p)).items()}
+        rows, columns = rows | t.extra_rows(p), {label: self._capped(c.placed(info, q.data_root, q.outputs/'corrupted')) for label, c in (columns | more | t.extra_columns(p)).items()}
         homeless = {c: columns[c].surrogate for c in shown if columns[c].surrogate not in ('', COPY, *rows)}  # a reader may have taken the surrogate's row out
         for c, row in homeless.items():
             if q.columns: raise UserError(f'columns names {c!r}, whose adversaries are made on the row {row!r}, which this table does not have; add that row or leave the column out.')
@@ -240,6 +240,7 @@ class Plan:
         cells = {row: [(c, w) for w in t.checkpoints for c in shown if columns[c].surrogate != row] for row in selected if rows[row].method}  # a surrogate is not attacked by itself
         for need in (t.figures[f] for f in self.figures if f in t.figures):
             for row in need.rows: cells[row] = list(dict.fromkeys([*cells.get(row, []), *((c, w) for w in need.checkpoints for c in need.columns)]))
+        cells = {row: [(c, w) for c, w in pairs if not columns[c].needs()] for row, pairs in cells.items()}
         rows |= {f'{label}, copy': row for label, row in rows.items()}
         wanted = {*cells, *(surrogate(columns[c], row) for row, pairs in cells.items() for c, _ in pairs)}
         wanted |= {rows[label].start for label in wanted if label}

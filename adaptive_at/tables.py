@@ -18,7 +18,7 @@ from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
 from .core import replacing, slug, write_text
-from .evaluation import AutoAttack, Transfer, WhiteBox, paired, unpack, wilson
+from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
 from .networks import network
 from .parameters import printed, start
@@ -50,7 +50,7 @@ class Results:
         values = [r['accuracy'] for r in done]
         if not values: return np.nan, np.nan, np.nan
         mean = float(np.mean(values))
-        if len(values) == 1: return mean, *wilson(mean, done[0]['n'])
+        if len(values) == 1: return mean, *interval(done[0])
         std = float(np.std(values, ddof=1))
         return mean, mean - std, mean + std
 
@@ -88,7 +88,7 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
         if isinstance(attacked, Transfer) and clearly(pgd, result, 0): told.append(f'black-box beats white-box, so {name} overestimates the robustness')
         if isinstance(attacked, WhiteBox) and clearly(result, pgd, 0): told.append(f'more steps help less than the fewer of {name}')
         if isinstance(attacked, WhiteBox) and clearly(pgd, result, 8): told.append(f'far below {name}, which had not converged')
-    if natural and clearly(result, natural, 0): told.append('higher than the natural accuracy')
+    if natural and 'scores' not in result and clearly(result, natural, 0): told.append('higher than the natural accuracy')
     return told
 
 
@@ -150,6 +150,11 @@ def _footnotes(self:Results) -> list[str]:
     if quoted := dict.fromkeys(row for b in plan.blocks for row in b.rows if row not in b.runs):
         notes.append(f'Quoted by the paper from other publications and not reproduced here: {", ".join(quoted)}.')
     notes += list(dict.fromkeys(note for b in plan.blocks for c in b.shown if (note := replaced(b, c, plan))))
+    said = {}
+    for b in plan.blocks:
+        for c in b.shown:
+            if text := b.columns[c].needs() or b.columns[c].note: said.setdefault(text, {})[c] = True
+    notes += [f'{", ".join(labels)}: {text}' + '.' * (not text.endswith('.')) for text, labels in said.items()]
     b = plan.blocks[0]
     m = next(iter(b.runs.values()))[0].monitor
     return notes + [f'“Best” checkpoints were selected on the {m.select} part by PGD-{m.attack.steps} on {min(m.examples or b.info.n_test, b.info.n_val or b.info.n_test):,} images; both checkpoints are kept in the store.']
@@ -167,7 +172,7 @@ def claims(self:Results,
         for text, higher, lower, column in claims:
             pairs = list(zip(*(self.of(block, row, column, which) for row in (higher, lower))))
             if not pairs: lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': 'not run', 'difference': ''}); continue
-            d, low, high = paired(*(torch.cat([unpack(p[i]['standing']) for p in pairs]) for i in (0, 1)))
+            d, low, high = paired(*(torch.cat([scores(p[i]) for p in pairs]) for i in (0, 1)))
             verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot tell at this size'
             lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': verdict, 'difference': f'{d:+.1f} points [{low:+.1f}, {high:+.1f}]'})
     return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
@@ -239,7 +244,7 @@ def smaller(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 @patch
 def figure(self:Results,
     name: str,                            # e.g. 'fig4'
-    draw: Callable[[Results, Block], Figure],  # draws one block
+    draw: Callable[[Results, Block], Figure|None],  # draws one block; None: that block stands in another's figure
 ) -> None:
     "Draw a figure for each block, save it as PNG beside the table, and show it; nothing where it was not asked for."
     import matplotlib.pyplot as plt
@@ -250,7 +255,7 @@ def figure(self:Results,
         if missing := [r for r in plan.table.figures.get(name, Needs()).rows if not all(plan.store.finished(run) for run in block.runs[r])]:
             print(f'{name}: not drawn for {plan.named(block)}, because {", ".join(missing)} did not train to the end')
             continue
-        fig = draw(self, block)
+        if (fig := draw(self, block)) is None: continue
         path = plan.folder/('_'.join([name, *([slug(plan.named(block))] if i else [])]) + '.png')
         with replacing(path) as part: fig.savefig(part, format='png')
         display(fig)
@@ -278,15 +283,15 @@ def provenance(self:Results) -> Styler:
 def clearly(higher: dict, lower: dict, by: float) -> bool:
     "Is one accuracy higher than another by more than `by` points, beyond chance? On the images both have seen."
     n = min(higher['n'], lower['n'])
-    _, low, _ = paired(unpack(higher['standing'][:n]), unpack(lower['standing'][:n]), z=2.58)
+    _, low, _ = paired(scores(higher)[:n], scores(lower)[:n], z=2.58)
     return low > by
 
 
 def replaced(block: Block, column: str, plan: Plan) -> str:
     "What stands under a label in place of what the label says, if anything."
-    p, t = block.protocol, plan.table
-    ran, meant = block.columns[column], (t.columns(p) | t.more_columns(p) | t.extra_columns(p))[column]
-    if ran == meant: return ''
+    p, t, ran = block.protocol, plan.table, block.columns[column]
+    meant = (t.columns(p) | t.more_columns(p) | t.extra_columns(p))[column]
+    if not isinstance(ran, (AutoAttack, WhiteBox, Transfer)) or ran == meant: return ''
     if isinstance(ran, AutoAttack): return f'† {column} on the first {min(ran.limit, plan.test_examples or block.info.n_test, block.info.n_test)} of these images.'
     return f'† {column} ran as {ran.attack.steps} steps and {ran.restarts} restarts, the limit of this preset.'
 
