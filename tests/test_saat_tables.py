@@ -9,7 +9,7 @@ import torch
 
 from adaptive_at import saat
 from adaptive_at.attacks import PGD
-from adaptive_at.core import digest
+from adaptive_at.core import UserError, digest
 from adaptive_at.datasets import Augment
 from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, pack
 from adaptive_at.methods import natural
@@ -43,7 +43,7 @@ def small(name, outputs, **parameters):
     "A table on digits at a size at which a run takes a fraction of a second."
     told = dict(preset="quick", device="cpu", outputs=str(outputs), columns="natural,PGD-20", epochs=1, train_examples=32, test_examples=20) | parameters
     session, said = settle(start(name, told)), []
-    preset = replace(session.preset, monitor_examples=20, network="narrow-4")
+    preset = replace(session.preset, monitor_examples=20, network="narrow-4", max_steps=3)
     results = execute(Plan(TABLES[name], replace(session, preset=preset)), said.append)
     return results, [int(n) for n in re.findall(r"\d+", said[-1])[:4]]   # runs from the store, trained; evaluations from the store, made
 
@@ -175,6 +175,15 @@ def test_tables_share_their_runs():
     assert [ids(two, b) for b in range(3)] == [ids(three, b) for b in range(3)]
     assert {b.reference: len(b.rows) for b in two.blocks} == {("CIFAR-10", "PreAct ResNet-18"): 8, ("CIFAR-100", "PreAct ResNet-18"): 4, ("CIFAR-10", "WideResNet-34-10"): 4} and len(first) == 34  # three more for Fig. 1
     assert len({i for b in range(3) for runs in ids(two, b).values() for i in runs}) == 16
+
+
+def test_rows_that_only_some_blocks_have_may_be_asked_for():
+    plan = dry("table2_saat", rows="AWP-AT,TRADES")
+    assert {b.reference: b.rows for b in plan.blocks} == {("CIFAR-10", "PreAct ResNet-18"): ["AWP-AT", "TRADES"], ("CIFAR-100", "PreAct ResNet-18"): ["AWP-AT"], ("CIFAR-10", "WideResNet-34-10"): ["AWP-AT"]}
+    assert [b.rows for b in dry("table2_saat", rows="TRADES").blocks] == [["TRADES"]]
+    assert [b.rows for b in dry("table2_saat", rows="AT", network="wrn34-10").blocks] == [["AT"]]
+    for refused in (dict(rows="TRADES", datasets="cifar100"), dict(rows="MART")):
+        with pytest.raises(UserError, match=rf"^rows .*'{refused['rows']}'.*\.$"): dry("table2_saat", **refused)
 
 
 # Small runs

@@ -31,7 +31,7 @@ def rows(p):
         **{f'AWP-SAAT_up(eps_max={e},rho={r})': saat_up(p.eps, e, r, weights=AT_AWP) for e, r in awp_up},
     }
 
-BUDGETS = (2, 4, 8, 12)                          # Fig. 1b: training eps
+BUDGETS = (2, 4, 8, 10)                          # Fig. 1b: training eps
 WIDTHS = (1, 3, 5, 7)                            # Figs. 2 and 3e: WideResNet-34-x
 RHOS, EPS_MAX = (0, 1, 1.5, 2), (0, 8, 16, 128)  # Fig. 3: the paper's go to 2.2 and 128
 
@@ -82,11 +82,11 @@ TABLE = Table('table1_saat', 'SAAT, Table 1.', (Part('cifar10', 'preactresnet18'
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from ..evaluation import paired, unpack
-from ..figures import GREY, curves, look, styled
+from ..figures import GREY, PALETTE, curves, look, styled
 
 def radius_axis(block):
     "Name and unit of an axis of test radii."
-    return r'test $\epsilon$ (in ' + ('1/255)' if block.protocol.eps == 8/255 else f'{block.protocol.eps / 8:.3g})')
+    return r'test $\epsilon$ (unit: ' + ('1/255)' if block.protocol.eps == 8/255 else f'{block.protocol.eps / 8:.3g})')
 
 def verdicts(results, block, row, column, which):
     "Which images are classified right, of all seeds."
@@ -119,7 +119,7 @@ def fig1(results, block):
         measured = history(results, block, 'AT')
         for colour, accuracy in enumerate(('natural', 'robust')):
             for part, style in (('train', '--'), ('test', '-')):
-                axes[2].plot([h['epoch'] for h in measured], [h[f'{part}_{accuracy}'] for h in measured], style, marker='o', ms=3.5, lw=1.4, color=f'C{colour}', label=f'{accuracy}, {part}')
+                axes[2].plot([h['epoch'] for h in measured], [h[f'{part}_{accuracy}'] for h in measured], style, marker='o', ms=3.5, lw=1.4, color=PALETTE[colour], label=f'{accuracy}, {part}')
         axes[2].set(xlabel='epoch', ylabel='accuracy (%)', ylim=(0, 100), title=f'(c) AT, robust: PGD-{run.monitor.attack.steps}')
         axes[2].legend(fontsize='small')
         sweep(axes[3], results, block, {f'{which}: RD {disparity(results, block, "AT", which)[0]:.1f}': ('AT', which) for which in ('best', 'last')}, '(c) its best and last checkpoint')
@@ -135,16 +135,15 @@ def fig2(results, block):
         fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout='constrained')
         sweep(axes[0], results, block, {label: (row, 'last') for label, row in rows.items()}, '(a) AT, last checkpoint')
         value, half = np.array([disparity(results, block, row) for row in rows.values()]).T
-        axes[1].bar(range(len(rows)), value, yerr=half, color=[f'C{i}' for i in range(len(rows))], capsize=3)
-        axes[1].set(xticks=range(len(rows)), xticklabels=[label.replace(' (', '\n(') for label in rows], ylabel='RD (points per unit of radius)', title='(b) robustness disparity')
-        axes[1].tick_params('x', labelsize='x-small')
+        axes[1].bar(range(len(rows)), value, yerr=half, color=PALETTE[:len(rows)], capsize=3)
+        axes[1].set(xticks=[], xlabel='colours as in (a)', ylabel='RD (points per unit of radius)', title='(b) robustness disparity')
         measured = {label: history(results, block, row) for label, row in rows.items()}
-        for (label, h), marker in zip(measured.items(), 'osD^'): axes[2].plot([e['epoch'] for e in h], [e['test_robust'] for e in h], marker=marker, ms=3.5, lw=1.4)
-        axes[2].set(xlabel='epoch', ylabel='test accuracy (%)', title=f'(c) robust (PGD-{block.runs[rows[label]][0].monitor.attack.steps}), colours as in (a)')
-        for (label, row), i in zip((list(rows.items())[0], list(rows.items())[-1]), (0, len(rows) - 1)):
+        for h, marker in zip(measured.values(), 'osD^'): axes[2].plot([e['epoch'] for e in h], [e['test_robust'] for e in h], marker=marker, ms=3.5, lw=1.4)
+        axes[2].set(xlabel='epoch', ylabel='test accuracy (%)', title=f'(c) robust (PGD-{block.runs[rows[label]][0].monitor.attack.steps})')
+        for i, (label, row) in [*enumerate(rows.items())][::len(rows) - 1]:  # the narrowest and the widest
             gap, low, high = np.array([paired(*(verdicts(results, block, row, column, which) for which in ('best', 'last'))) for column in SWEEP]).T
-            axes[3].plot((0, *RADII), gap, marker='osD^'[i], ms=3.5, lw=1.4, color=f'C{i}', label=label)
-            axes[3].fill_between((0, *RADII), low, high, alpha=0.15, lw=0, color=f'C{i}')
+            axes[3].plot((0, *RADII), gap, marker='osD^'[i], ms=3.5, lw=1.4, color=PALETTE[i], label=label)
+            axes[3].fill_between((0, *RADII), low, high, alpha=0.15, lw=0, color=PALETTE[i])
         axes[3].axhline(0, color=GREY, lw=1, ls=':')
         axes[3].set(xlabel=radius_axis(block), ylabel='best - last (points)', title='(d) what overfitting costs')
         axes[3].legend(fontsize='small')
@@ -165,7 +164,7 @@ def fig3(results, block):
         for ax in axes[1, :2]: ax.set(title=f'(c) {ax.get_title()}')
         axes[1, 1].legend(fontsize='small')
         gaps = [h[-1]['train_robust'] - h[-1]['test_robust'] for h in measured.values()]
-        axes[1, 2].bar(range(len(RHOS)), gaps, color=[f'C{i}' for i in range(len(RHOS))])
+        axes[1, 2].bar(range(len(RHOS)), gaps, color=PALETTE[:len(RHOS)])
         end = history(results, block, 'AT')[-1]
         axes[1, 2].axhline(end['train_robust'] - end['test_robust'], color=GREY, lw=1, ls=':', label='standard AT')
         axes[1, 2].set(xticks=range(len(RHOS)), xticklabels=RHOS, xlabel=r'$\rho$', ylabel='training - test (points)', title=f'(d) PGD-{steps} accuracy at the end')
