@@ -177,6 +177,7 @@ class Scheduled(RadiusRule):
 class Replay(AdversarialCE):
     "One step on clean images, one on adversaries (DRA section IV.A)."
     adversarial: float|Ramp = 1.   # 0: the clean step alone
+    passes = 2
 
     def losses(self, batch, x_adv, target, eps):
         "Two losses, or one."
@@ -187,6 +188,8 @@ class Replay(AdversarialCE):
 @dataclass(frozen=True)
 class HalfAndHalf(AdversarialCE):
     "One step on the mean of both losses."
+    passes = 2
+
     def losses(self, batch, x_adv, target, eps):
         "One loss."
         yield lambda model: (F.cross_entropy(model(batch.x), target) + F.cross_entropy(model(x_adv), target)) / 2

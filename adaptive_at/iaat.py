@@ -137,6 +137,8 @@ def mixing(
 @dataclass(frozen=True)
 class MixupCE(AdversarialCE):
     "Half the mixup cross-entropy of clean images and half that of adversaries (Lamb et al., 2019)."
+    passes = 2   # each on its own mixed images
+
     def losses(self, batch, x_adv, target, eps):
         "One loss."
         parts = []

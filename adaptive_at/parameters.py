@@ -61,7 +61,7 @@ ABOUT = {  # what single tables are about
     'c': Parameter(0., 'how much of a label CAT gives away per eps where eps is 8/255, up to 31.875 (all of it), or 0 for 10', lambda v: 0 <= v <= 255/8),
     'kappa': _numbers('the clip of CAT\'s margin, or 0 for 10', 0.),
     'p': Parameter(0., 'the share of the pixels that DRA changes, a number up to 1, or 0 for the paper\'s', lambda v: 0 <= v <= 1),
-    'factor': _numbers('a factor on DRA\'s eps, or 0 for 1', 0.),
+    'factor': _numbers('a factor on DRA\'s eps, or 0 for the table\'s own', 0.),
 }
 
 # %% ../nbs/02_parameters.ipynb #725fd7ae

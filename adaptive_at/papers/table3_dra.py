@@ -80,7 +80,7 @@ def fig3(results, block):
         def picture(ax, image, title): ax.imshow(image.cpu().permute(1, 2, 0).expand(-1, -1, 3), vmin=0, vmax=1); ax.set_title(title)
         picture(axes[0], x[i], f'clean: {classes[y[i]]}')
         for (name, noise), left in zip(noises.items(), (1, 3)):
-            picture(axes[left], changed[name][i], f'{name}: {classes[said[name][i]]}')
+            picture(axes[left], changed[name][i], f'{name}, seen as {classes[said[name][i]]}')
             shown = axes[left + 1].imshow(noise.mean(0), cmap='RdBu_r', vmin=-most, vmax=most)
             axes[left + 1].set_title(f'noise of {name}')
             axes[left + 1].set_xlabel(f'mean |change| {255 * noise.abs().mean():.2f}/255\n{100 * (noise != 0).float().mean():.0f}% of the values')

@@ -56,11 +56,11 @@ def fig4(results, block):
     "DRA's success rate against p, a line per vanilla network and strength."
     with look():
         fig, ax = plt.subplots(figsize=(7, 3.6), layout='constrained')
-        shares = [0, *(k / 12 for k in SHARES)]
-        for row, marker, colour in zip(ATTACKED, 'osD', PALETTE):
+        shares = np.array([0, *SHARES]) / 12
+        for row, marker, colour, aside in zip(ATTACKED, 'osD', PALETTE, (-0.01, 0, 0.01)):
             for e, style in ((1, '--'), (2, '-')):
                 rate, low, high = np.array([(0., 0., 0.), *(success_rate(results, block, row, attack(e, k)) for k in SHARES)]).T
-                ax.errorbar(shares, rate, (rate - low, high - rate), ls=style, marker=marker, ms=4, lw=1.4, capsize=2, elinewidth=0.8, color=colour, label=rf'{block.runs[row][0].network.label}, $\epsilon={e}$')
+                ax.errorbar(shares + aside, rate, (rate - low, high - rate), ls=style, marker=marker, ms=4, lw=1.4, capsize=2, elinewidth=0.8, color=colour, label=rf'{block.runs[row][0].network.label}, $\epsilon={e}$')
         ax.axvline(1/3, color=GREY, lw=1, ls=':')
         ax.set(xlabel='share $p$ of the pixel values that change', ylabel='attack success (%)', xticks=[0, 1/6, 1/3, 1/2, 2/3, 5/6, 1], xticklabels=['0', '1/6', '1/3', '1/2', '2/3', '5/6', '1'], ylim=(0, None))
         fig.legend(loc='outside right center')
