@@ -189,7 +189,8 @@ class Plan:
         parts = self._parts()
         if not parameters.dry_run:
             for name in dict.fromkeys(name for name, _, _ in parts): datasets.check(name, parameters.data_root)
-        self.blocks = [self._block(*part) for part in parts]
+        self.blocks = [block for part in parts if (block := self._block(*part)).rows]
+        if not self.blocks: raise UserError(f'rows is {parameters.rows!r}, none of which is in the blocks {", ".join(f"{part.dataset} with {part.network}" for _, part, _ in parts)}.')
 
     def _parts(self) -> list[tuple[str, Part, str]]:
         "Dataset, the paper's block it stands for, and network, of every block; those that would be the same are one."
@@ -229,7 +230,8 @@ class Plan:
         for name_, value in q.told.items():
             if value and name_ != 'eps': self._override(name_, value, 'default')
         rows, columns, more = t.rows(p), t.columns(p), t.more_columns(p)
-        selected = chosen('rows', q.rows, rows)
+        every = dict.fromkeys(label for other in (p, *t.blocks) for label in t.rows(replace(p, dataset=other.dataset, network=other.network)))  # blocks may differ in their rows
+        selected = [label for label in chosen('rows', q.rows, every) if label in rows]
         shown = list(columns) if not q.columns else chosen('columns', '' if q.columns == 'all' else q.columns, columns | more, COLUMN_ALIASES | t.aliases)
         rows, columns = rows | t.extra_rows(p), {label: self._capped(c.placed(info, q.data_root, q.outputs/'corrupted')) for label, c in (columns | more | t.extra_columns(p)).items()}
         homeless = {c: columns[c].surrogate for c in shown if columns[c].surrogate not in ('', COPY, *rows)}  # a reader may have taken the surrogate's row out
