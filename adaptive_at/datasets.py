@@ -11,7 +11,7 @@ __all__ = ['SHORT', 'LARGE', 'CROP_FLIP', 'AS_IS', 'DIGITS', 'CIFAR10_CLASSES', 
            'read_image', 'read_folder', 'imagenet_there', 'scan_imagenet', 'info', 'available', 'check', 'load']
 
 # %% ../nbs/10_datasets.ipynb #c160a954
-import contextlib, functools, hashlib, io, math, os, shutil, socket, threading, time, urllib.error, urllib.request
+import contextlib, functools, hashlib, io, math, os, shutil, socket, sys, threading, time, urllib.error, urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -263,7 +263,9 @@ def read_ahead(
     key: int                        # of the augmentation's stream
 ) -> Iterator[Tensor]:              # uint8 [B,3,224,224], where the files are to be put
     "The images of one batch after the other, read while the ones before are used."
-    reading = DataLoader(Reading(files.to('cpu'), augment, key), batch_size=None, sampler=[index.tolist() for index in parts], num_workers=loaders(),
+    workers = loaders()
+    how = 'fork' if workers and sys.platform.startswith('linux') else None   # where the platform's, or a caller's, way is another one, workers could not find what a notebook defines
+    reading = DataLoader(Reading(files.to('cpu'), augment, key), batch_size=None, sampler=[index.tolist() for index in parts], num_workers=workers, multiprocessing_context=how,
                          pin_memory=files.device.type == 'cuda', generator=torch.Generator())   # its own generator: it draws a seed, of no use here, from torch's otherwise
     for x in reading:
         if isinstance(x, UserError): raise x

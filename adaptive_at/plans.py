@@ -236,7 +236,7 @@ class Plan:
         rows, columns = rows | t.extra_rows(p), {label: self._capped(c.placed(info, q.data_root, q.outputs/'corrupted')) for label, c in (columns | more | t.extra_columns(p)).items()}
         homeless = {c: columns[c].surrogate for c in shown if columns[c].surrogate not in ('', COPY, *rows)}  # a reader may have taken the surrogate's row out
         for c, row in homeless.items():
-            if q.columns: raise UserError(f'columns names {c!r}, whose adversaries are made on the row {row!r}, which this table does not have; add that row or leave the column out.')
+            if q.columns not in ('', 'all'): raise UserError(f'columns names {c!r}, whose adversaries are made on the row {row!r}, which this table does not have; add that row or leave the column out.')
         shown = [c for c in shown if c not in homeless]
         rows = {label: row if isinstance(row, Row) else Row(row) for label, row in rows.items()}
         cells = {row: [(c, w) for w in t.checkpoints for c in shown if columns[c].surrogate != row] for row in selected if rows[row].method}  # a surrogate is not attacked by itself
