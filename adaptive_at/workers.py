@@ -9,6 +9,7 @@ __all__ = ['Tell', 'cores', 'side_by_side']
 import ctypes, os, selectors, signal, sys, traceback, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
 import torch
 from .core import UserError
 
@@ -29,6 +30,7 @@ def side_by_side(
     if min(workers, len(jobs)) < 2 or not sys.platform.startswith('linux') or torch.cuda.is_available():
         for job in jobs: job(tell)
         return
+    import_module('torch._dynamo')  # the first optimiser a process makes imports it: some two seconds, once here and not in every job
     waiting, running = iter(jobs), selectors.DefaultSelector()
     try:
         for job in _first(waiting, workers): _begin(job, running)

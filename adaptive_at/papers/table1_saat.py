@@ -139,7 +139,7 @@ def fig2(results, block):
         axes[1].set(xticks=[], xlabel='colours as in (a)', ylabel='RD (points per unit of radius)', title='(b) robustness disparity')
         measured = {label: history(results, block, row) for label, row in rows.items()}
         for h, marker in zip(measured.values(), 'osD^'): axes[2].plot([e['epoch'] for e in h], [e['test_robust'] for e in h], marker=marker, ms=3.5, lw=1.4)
-        axes[2].set(xlabel='epoch', ylabel='test accuracy (%)', title=f'(c) robust (PGD-{block.runs[rows[label]][0].monitor.attack.steps})')
+        axes[2].set(xlabel='epoch', ylabel='test accuracy (%)', title=f'(c) robust (PGD-{block.runs[wide("AT", WIDTHS[0])][0].monitor.attack.steps})')
         for i, (label, row) in [*enumerate(rows.items())][::len(rows) - 1]:  # the narrowest and the widest
             gap, low, high = np.array([paired(*(verdicts(results, block, row, column, which) for which in ('best', 'last'))) for column in SWEEP]).T
             axes[3].plot((0, *RADII), gap, marker='osD^'[i], ms=3.5, lw=1.4, color=PALETTE[i], label=label)
