@@ -32,7 +32,7 @@ class Browser:
                                          "--disable-background-networking", "--no-first-run", f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         port = until(lambda: (folder / "DevToolsActivePort").exists() and (folder / "DevToolsActivePort").read_text().split("\n")[0])
         pages = until(lambda: [p for p in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list")) if p["type"] == "page"])
-        self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=600)
+        self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=1800)
         self.ids, self.events = itertools.count(1), []
         for domain in ("Page", "Runtime", "Log", "Network"): self.call(f"{domain}.enable")
         self.window("desktop")
