@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import Milestones
-from .networks import in_mode
+from .networks import folded, in_mode
 from .streams import Noise, key
 
 # %% ../nbs/30_attacks.ipynb #63703913
@@ -106,7 +106,7 @@ class PGD:
     ) -> Tensor:                  # adversarial images, inside both the ball and [0,1]
         "Attack a batch."
         eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
-        with in_mode(model, self.mode):
+        with in_mode(model, self.mode), folded(model):
             target = self.loss.target(model, x, y)
             x_adv = self.start(x, eps, noise)
             for t in range(self.steps):
@@ -139,7 +139,7 @@ class FriendlyPGD(PGD):
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; examples keep their places."
         eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
-        with in_mode(model, self.mode):
+        with in_mode(model, self.mode), folded(model):
             target = self.loss.target(model, x, y)
             x_adv = self.start(x, eps, noise)
             left = torch.full_like(per_example(0., x), self.tau)

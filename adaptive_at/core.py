@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'SourceUnknown', 'qualified', 'normalised', 'sources', 'describe', 'digest', 'unhashed',
-           'Milestones', 'Ramp', 'in_epoch', 'replacing', 'write_text', 'read_json', 'write_json', 'locked',
+           'Milestones', 'Ramp', 'in_epoch', 'replacing', 'slug', 'write_text', 'read_json', 'write_json', 'locked',
            'project_root']
 
 # %% ../nbs/00_core.ipynb #83f74f3c
-import ast, dataclasses, hashlib, inspect, json, linecache, os, sys, textwrap
+import ast, dataclasses, hashlib, inspect, json, linecache, os, re, sys, textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
@@ -163,6 +163,11 @@ def replacing(path: str|Path):   # the file to (re)place
     except OSError as e:
         raise UserError(f'{path} could not be written ({e.strerror or e}); free some space or choose another `outputs` folder, and run the same command again: what was finished is kept.') from e
     finally: part.unlink(missing_ok=True)
+
+
+def slug(text: str) -> str:
+    "`text` as part of a file's name."
+    return re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')
 
 
 def write_text(path: str|Path, text: str) -> None:

@@ -137,6 +137,8 @@ def mixing(
 @dataclass(frozen=True)
 class MixupCE(AdversarialCE):
     "Half the mixup cross-entropy of clean images and half that of adversaries (Lamb et al., 2019)."
+    passes = 2   # each on its own mixed images
+
     def losses(self, batch, x_adv, target, eps):
         "One loss."
         parts = []
@@ -160,12 +162,14 @@ def iaat(
     eps: float,              # radius of the warm-up
     warmup: int = 5,         # epochs of warm-up, in a run of the recipe's length; 0: the paper's "no warm"
     epochs: int = 200,       # the recipe's length
+    gamma: float = 1.9/255,  # step of the search, for a radius of 8/255
+    beta: float = 0.1,       # weight of what the search finds, in a run of the recipe's length
     mode: str = 'train',     # batch norm in trials and attack; the released code's
     misclassified: str = 'released'  # or 'printed'
 ) -> Method:
     "IAAT on CIFAR (Table 7)."
     attack = CrossingPGD(unit(2/255, eps, at=EIGHT), 10, mode=mode)
-    rule = IAAT(eps, attack, unit(1.9/255, eps, at=EIGHT), PerRun(values=(0.1 * epochs,)), Ramp(1., 1., until=warmup / epochs), misclassified=misclassified)
+    rule = IAAT(eps, attack, unit(gamma, eps, at=EIGHT), PerRun(values=(beta * epochs,)), Ramp(1., 1., until=warmup / epochs), misclassified=misclassified)
     return Method(rule, attack, AdversarialCE())
 
 
@@ -187,16 +191,26 @@ def mixup_at(
     return Method(Fixed(eps), PGD(unit(2/255, eps, at=EIGHT), steps, mode=mode), MixupCE())
 
 # %% ../nbs/62_iaat.ipynb #8b240b45
-def imagenet_iaat(eps: float = SIXTEEN, mode: str = 'train') -> Method:
+def imagenet_iaat(
+    eps: float = SIXTEEN,    # radius of the warm-up
+    steps: int = 30,         # of the attack that trains
+    gamma: float = 4/255,    # step of the search, for a radius of 16/255
+    beta: float = 0.1,       # weight of what the search finds, in a run of 110 epochs
+    mode: str = 'train'
+) -> Method:
     "IAAT on ImageNet: random targets, warm-up of 30 of 110 epochs (Table 8, appendix D.2)."
-    attack = RandomTargetPGD(unit(1/255, eps, at=SIXTEEN), 30, mode=mode, crossings=1.)
-    rule = IAAT(eps, replace(attack, steps=10), unit(4/255, eps, at=SIXTEEN), PerRun(values=(0.1 * 110,)), Ramp(1., 1., until=30/110), least=unit(4/255, eps, at=SIXTEEN))
+    attack = RandomTargetPGD(unit(1/255, eps, at=SIXTEEN), steps, mode=mode, crossings=1.)
+    rule = IAAT(eps, replace(attack, steps=10), unit(gamma, eps, at=SIXTEEN), PerRun(values=(beta * 110,)), Ramp(1., 1., until=30/110), least=unit(4/255, eps, at=SIXTEEN))
     return Method(rule, attack, AdversarialCE())
 
 
-def imagenet_baseline(eps: float = SIXTEEN, mode: str = 'train') -> Method:
+def imagenet_baseline(
+    eps: float = SIXTEEN,    # training radius
+    steps: int = 30,         # each the longer, the fewer there are
+    mode: str = 'train'
+) -> Method:
     "Adversarial training on ImageNet with random targets (Table 8; Xie et al., 2019)."
-    return Method(Fixed(eps), RandomTargetPGD(unit(1/255, eps, at=SIXTEEN), 30, mode=mode), AdversarialCE())
+    return Method(Fixed(eps), RandomTargetPGD(unit(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
 
 # %% ../nbs/62_iaat.ipynb #e2021a84
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Method:
     def passes(self) -> int:
         "Forward and backward passes per image and epoch, about: the unit of training cost."
         attack = getattr(self.attack, 'passes', getattr(self.attack, 'steps', 0))
-        return attack + 1 + getattr(self.radius, 'passes', 0 if isinstance(self.radius, Fixed) else 1)
+        update = self.objective.passes * (2 if self.weights else 1)  # a perturbation of the weights computes the loss once more
+        return attack + update + self.radius.passes
 
 # %% ../nbs/60_methods.ipynb #0c61eb95
 def unit(value: float, eps: float, at: float = 0.031) -> float:

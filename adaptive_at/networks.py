@@ -8,12 +8,15 @@ __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGEN
            'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem',
            'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_body',
            'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid', 'ScoreMap', 'IAATWideResNet', 'Dropout',
-           'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'frozen', 'fingerprint']
+           'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'normed_convolutions', 'folded',
+           'frozen', 'fingerprint']
 
 # %% ../nbs/20_networks.ipynb #63958479
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 import hashlib
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -113,6 +116,7 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016)."
     expansion = 1   # output channels per unit of width
+    normed = ('conv1', 'bn1'), ('conv2', 'bn2')   # a batch norm that reads this convolution, and alone reads it; see `folded`
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
@@ -127,6 +131,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     "A 3x3 convolution between two 1x1 ones, each with batch norm, and a shortcut (He et al., 2016)."
     expansion = 4
+    normed = ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3')
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, width, 1), nn.BatchNorm2d(width)
@@ -213,7 +218,11 @@ class NarrowResNet(Network):
     "A narrow residual network for images of 8 to 32 pixels, seconds per epoch on one core."
     width_factor: int = 16               # channels of the first stage; the next have 2 and 4 times as many
     strides: tuple[int, ...] = (1, 2, 2) # one block per stage
-    label, threads = 'narrow ResNet', 1  # one thread: a small network gains nothing from more, and two rows may train side by side
+    threads = 1  # a small network gains nothing from more, and two rows may train side by side
+
+    @property
+    def label(self): return 'narrow ResNet' if self.width_factor == 16 else f'narrow ResNet (width {self.width_factor})'
+
     def parts(self, channels):
         widths = [self.width_factor * 2**i for i in range(len(self.strides))]
         blocks = (1,) * len(widths)
@@ -223,6 +232,7 @@ class NarrowResNet(Network):
 class PreActBlock(nn.Module):
     "Two 3x3 convolutions, each after batch norm and ReLU, and a shortcut (He et al., 2016, Identity mappings, Fig. 4e); a 1x1 convolution in it reads the first activation."
     expansion, affine = 1, True
+    normed = ('conv1', 'bn2'),
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs, affine=self.affine), conv(inputs, width, 3, stride)
@@ -299,6 +309,7 @@ class Grid(nn.Module):
 
 class ScoreMap(nn.Module):
     "Class scores at each position, normalised over batch and positions, and their mean over positions."
+    normed = ('conv', 'bn'),
     def __init__(self, channels: int, classes: int):
         super().__init__()
         self.channels, self.conv, self.bn = channels, nn.Conv1d(channels, classes, 1, bias=False), nn.BatchNorm1d(classes)
@@ -391,7 +402,7 @@ class SmallCNN(Network):
 
 # %% ../nbs/20_networks.ipynb #b9c0d5c4
 NETWORKS: dict[str, Network] = {
-    'narrow': NarrowResNet(),
+    'narrow': NarrowResNet(), **{f'narrow-{k}': NarrowResNet(width_factor=k) for k in (4, 8, 24, 32)},
     'resnet18': ResNet18(), 'resnet34': ResNet34(), 'resnet50': ResNet50(), 'resnet101': ResNet101(), 'resnet152': ResNet152(),
     'imagenet-resnet50': ImageNetResNet50(), 'imagenet-resnet101': ImageNetResNet101(), 'imagenet-resnet152': ImageNetResNet152(),
     'preactresnet18': PreActResNet18(),
@@ -417,6 +428,35 @@ def in_mode(
     try: yield model
     finally:
         for m, training in was: m.training = training
+
+# %% ../nbs/20_networks.ipynb #b6a2e905
+def normed_convolutions(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    "The convolutions that only a batch norm reads, each with its batch norm: neighbours in a `Sequential`, and what a block lists as `normed`."
+    pairs = []
+    for m in model.modules():
+        if type(m) is nn.Sequential: pairs += pairwise(m)
+        else: pairs += [(getattr(m, conv), getattr(m, bn)) for conv, bn in getattr(m, 'normed', ())]
+    return [(conv, bn) for conv, bn in pairs if isinstance(conv, (nn.Conv1d, nn.Conv2d)) and isinstance(bn, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+@contextmanager
+def folded(model: nn.Module):
+    "Batch norms in eval mode are computed by the convolutions before them. For gradients of images: the weights get none. Equal to rounding, and no parameter or buffer is touched."
+    done = []
+    for conv, bn in normed_convolutions(model):
+        if bn.training or bn.running_var is None or 'forward' in vars(conv): continue   # the last: folded already
+        with torch.no_grad():
+            scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
+            weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
+            bias = (0 if bn.bias is None else bn.bias) + scale * ((0 if conv.bias is None else conv.bias) - bn.running_mean)
+        conv.forward, bn.forward = partial(conv._conv_forward, weight=weight, bias=bias), _same
+        done.append((conv, bn))
+    try: yield model
+    finally:
+        for conv, bn in done: del conv.forward, bn.forward
+
+
+def _same(x: Tensor) -> Tensor: return x
 
 # %% ../nbs/20_networks.ipynb #178890ff
 @contextmanager

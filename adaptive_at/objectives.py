@@ -18,6 +18,8 @@ Loss = Callable[[nn.Module], Tensor]  # model to a scalar
 @dataclass(frozen=True)
 class AdversarialCE:
     "Mean cross-entropy of the adversaries."
+    passes = 1   # forward and backward passes per image of one update
+
     def target(self, batch: Batch, eps: Tensor) -> Tensor:
         "Labels of the attack and of the loss: classes [B]."
         return batch.y
@@ -31,6 +33,7 @@ class AdversarialCE:
 class TRADES(AdversarialCE):
     "CE on clean images plus beta times KL(clean || adversarial), both batch means."
     beta: float = 6.
+    passes = 2   # clean and adversarial
 
     def losses(self, batch, x_adv, target, eps):
         "One loss."
@@ -45,6 +48,7 @@ class TRADES(AdversarialCE):
 class MART(AdversarialCE):
     "Boosted cross-entropy on adversaries plus beta times a KL term weighted by how wrong the clean prediction is."
     beta: float = 5.
+    passes = 2
 
     def losses(self, batch, x_adv, target, eps):
         "One loss."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMMON', 'ABOUT', 'COLUMN_ALIASES', 'TABLES', 'Parameter', 'checked', 'listed', 'chosen', 'printed',
-           'Parameters', 'start']
+           'about', 'Parameters', 'start']
 
 # %% ../nbs/02_parameters.ipynb #56de0f6f
 import csv, re, tempfile, time
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from .core import UserError, project_root
 
-# %% ../nbs/02_parameters.ipynb #d59adb8e
+# %% ../nbs/02_parameters.ipynb #ae1895f4
 @dataclass(frozen=True)
 class Parameter:
     "One name of the parameters cell."
@@ -52,6 +52,16 @@ ABOUT = {  # what single tables are about
     'rho': Parameter(0., 'DAAT\'s margin, a number up to 1, or 0 for the dynamic one', lambda v: 0 <= v <= 1),
     'tau': Parameter(0., 'DAAT\'s temperature, a number from 1 on, or 0 for 2', lambda v: v == 0 or 1 <= v < float('inf')),
     'beta': _numbers('the weight of TRADES\' KL term, or 0 for 6', 0.),
+    'saat/rho': _numbers('SAAT\'s least adversarial loss, or 0 for the paper\'s', 0.),
+    'eps_max': Parameter(0., 'SAAT\'s largest radius, in 1/255 where eps is 8/255, from 8 on, or 0 for the paper\'s', lambda v: v == 0 or 8 <= v < float('inf')),
+    'gamma': _numbers('the step of IAAT\'s search, in 1/255 where eps is 8/255, or 0 for 1.9', 0.),
+    'imagenet/gamma': _numbers('the step of IAAT\'s search, in 1/255 where eps is 16/255, or 0 for 4', 0.),
+    'iaat/beta': Parameter(0., 'the weight of what IAAT\'s search finds, a number up to 1, or 0 for 0.1', lambda v: 0 <= v <= 1),
+    'eta': _numbers('the growth of CAT\'s radius per visit, on the [0,1] scale where eps is 8/255, or 0 for 0.005', 0.),
+    'c': Parameter(0., 'how much of a label CAT gives away per eps where eps is 8/255, up to 31.875 (all of it), or 0 for 10', lambda v: 0 <= v <= 255/8),
+    'kappa': _numbers('the clip of CAT\'s margin, or 0 for 10', 0.),
+    'p': Parameter(0., 'the share of the pixels that DRA changes, a number up to 1, or 0 for the paper\'s', lambda v: 0 <= v <= 1),
+    'factor': _numbers('a factor on DRA\'s eps, or 0 for the table\'s own', 0.),
 }
 
 # %% ../nbs/02_parameters.ipynb #725fd7ae
@@ -83,14 +93,46 @@ def chosen(
     return [l for l in labels if l in wanted or not wanted]
 
 # %% ../nbs/02_parameters.ipynb #b07c8c30
-COLUMN_ALIASES = {'clean': 'natural', 'Non-Robust': 'transfer PGD-20 (Non-Robust)', 'AT': 'transfer PGD-20 (AT)'}
+COLUMN_ALIASES = {'clean': 'natural'}
 
 
 def printed(table: str) -> list[dict[str, str]]:
     "The rows of a table's CSV: dataset, network, method, checkpoint, metric, value, unit, note."
     with open(Path(__file__).parent/'papers'/f'{table}.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
-# %% ../nbs/02_parameters.ipynb #ae1895f4
+# %% ../nbs/02_parameters.ipynb #d59adb8e
+TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name before the slash tells apart what papers call alike); its figures, those of `main` before the bar
+    'table1_daat': ('eps rho tau', 'fig4 fig6b | fig2 fig3 fig5 fig6a variants'),
+    'table1_saat': ('eps', 'fig1 | fig2 fig3'),
+    'table2_saat': ('eps eps_max saat/rho beta', ''),
+    'table3_saat': ('eps eps_max saat/rho beta', ''),
+    'table1_iaat': ('eps gamma iaat/beta', 'fig2 fig5 fig6 fig7 fig8 | fig3 fig4 variants'),
+    'table2_iaat': ('eps gamma iaat/beta', ''),
+    'table3_iaat': ('eps imagenet/gamma iaat/beta', 'fig9'),
+    'table4_iaat': ('eps gamma iaat/beta', ''),
+    'table5_iaat': ('eps gamma iaat/beta', ''),
+    'table6_iaat': ('eps gamma iaat/beta', ''),
+    'table1_cat': ('eps', 'fig1'),
+    'table3_cat': ('eps eta c kappa', ''),
+    'table4_cat': ('eps eta c kappa', ''),
+    'table5_cat': ('eps eta c kappa', ''),
+    'table6_cat': ('eps eta c kappa', '| variants'),
+    'table1_dra': ('eps', ''),
+    'table2_dra': ('eps p factor', ''),
+    'table3_dra': ('eps p factor', 'fig3'),
+    'table4_dra': ('eps p factor', 'fig4'),
+    'table5_dra': ('eps p factor', ''),
+    'table6_dra': ('eps factor', ''),
+    'table7_dra': ('eps p factor', 'fig5'),
+    'frontier': ('eps', 'frontier'),
+}
+
+
+def about(table: str) -> dict[str, Parameter]:
+    "A table's own parameters, by name."
+    return {name.rpartition('/')[2]: ABOUT[name] for name in TABLES[table][0].split()}
+
+# %% ../nbs/02_parameters.ipynb #2a7f406e
 class Parameters:
     "Checked parameters as attributes."
     def __init__(self,
@@ -101,6 +143,7 @@ class Parameters:
         began: float                    # when the notebook started, in seconds
     ):
         self.table, self.known_figures, self.main_figures, self.began = table, figures, main_figures, began
+        self.told = {name: values[name] for name in about(table)}  # what the table is about
         self.values = values                    # as given
         root = project_root()
         self.data_root, self.outputs = root/values['data_root'], root/values['outputs']
@@ -111,18 +154,13 @@ class Parameters:
 
     def with_all(self) -> 'Parameters':
         "The same for all rows and columns."
-        return Parameters(self.table, self.values | {'rows': '', 'columns': ''}, self.known_figures, self.main_figures, self.began)
+        return Parameters(self.table, self.values | {'rows': '', 'columns': 'all'}, self.known_figures, self.main_figures, self.began)
 
     def command(self) -> str:
         "The command that repeats this notebook."
-        known = COMMON | ABOUT
+        known = COMMON | about(self.table)
         told = ' '.join(f'-p {k} ' + (f'"{v}"' if isinstance(v, str) and re.search(r'[^\w.:/-]', v) else str(v)) for k, v in self.values.items() if v != known[k].default)
         return f'papermill nbs/{self.table}.ipynb outputs/{self.table}.ipynb {told}'.strip()
-
-
-TABLES = {  # table -> its own parameters (names from ABOUT); its figures, those of `main` before the bar
-    'table1_daat': ('eps rho tau', 'fig4 fig6b | fig2 fig3 fig5 fig6a variants'),
-}
 
 
 def start(
@@ -130,8 +168,7 @@ def start(
     namespace: dict[str, Any]        # the notebook's globals()
 ) -> Parameters:
     "Check the parameters of a table notebook, before anything heavy is loaded."
-    about, figures = TABLES[table]
-    began, known = time.time(), COMMON | {n: ABOUT[n] for n in about.split()}
+    began, known, figures = time.time(), COMMON | about(table), TABLES[table][1]
     _refuse_unknown(namespace, known)
     values = {n: checked(n, namespace.get(n, p.default), p) for n, p in known.items()}
     names = tuple(figures.replace('|', ' ').split())

@@ -53,6 +53,7 @@ class Setting:
 class RadiusRule:
     "Base of all rules, and the simplest of them: every example keeps `eps`."
     eps: float  # l_inf radius on the [0,1] scale; for adaptive rules the preset radius
+    passes = 0  # forward and backward passes per image and epoch, about
 
     def bank(self, setting: Setting, key: int = 0) -> Bank:
         "A new bank: all examples start from `eps`."
@@ -129,6 +130,7 @@ class Calibrated(RadiusRule):
     rho: float|Milestones = 0.05     # margin
     tau: float = 2.                  # temperature of eq. 13
     calibration: str = 'detach'      # or 'joint', 'bn_train'
+    passes = 1                       # two forward passes, and the head's step
 
     def moved(self, eps: Tensor, s: Tensor) -> Tensor:
         "New radii from the old ones and the oversteps, both [B]."

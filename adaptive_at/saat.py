@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SAAT_TRAINING', 'SAAT_AUGMENT', 'radii', 'StrengthAdaptivePGD', 'in_255ths', 'rice_at', 'rice_trades', 'saat',
-           'saat_down', 'saat_up', 'satrades_up', 'for_classes']
+           'saat_down', 'saat_up', 'satrades_up', 'for_classes', 'robustness_disparity']
 
 # %% ../nbs/61_saat.ipynb #4981fc61
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 from .attacks import CleanStart, KL, NormalStart, PGD, UniformStart, gradient, per_example
 from .core import Milestones
 from .datasets import Augment
 from .methods import Method, Training, WeightPerturbation, unit
-from .networks import in_mode
+from .networks import folded, in_mode
 from .objectives import AdversarialCE, TRADES
 from .radius import Fixed
 from .streams import Noise, key
@@ -33,6 +34,8 @@ def radii(
 @dataclass(frozen=True)
 class StrengthAdaptivePGD(PGD):
     "PGD within `full`, then K steps in each stage for the examples whose cross-entropy is under rho (SA-PGD, SAAT Alg. 1; released `sa_pgd`)."
+    version: ClassVar[int] = 2        # 2: the gradient's own logits are looked at, and no stage is begun when all have rho
+
     rho: float|Milestones = 1.5       # least loss; an example that has it is left alone
     full: float = 0.                  # radius of the PGD that comes first, on the [0,1] scale
     stages: tuple[float, ...] = ()    # radius of each stage, likewise
@@ -41,28 +44,24 @@ class StrengthAdaptivePGD(PGD):
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `eps` caps every stage."
         eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
-        with in_mode(model, self.mode):
+        with in_mode(model, self.mode), folded(model):
             target, ball = self.loss.target(model, x, y), eps.clamp(max=self.full)
             x_adv = self.start(x, ball, noise)
             for t in range(self.steps):
                 x_adv = self.step(x_adv, gradient(model, x_adv, self.loss, target)[0], x, ball, noise, t)
             for radius in self.stages:
-                ball, weak = eps.clamp(max=radius), self.under(model, x_adv, y)
+                ball = eps.clamp(max=radius)
                 for k in range(self.K):
-                    stronger = self.step(x_adv, gradient(model, x_adv, self.loss, target)[0], x, ball, noise, k)
-                    x_adv = torch.where(weak, stronger, x_adv)
-                    weak = self.under(model, x_adv, y)
+                    grad, logits = gradient(model, x_adv, self.loss, target)
+                    weak = (F.cross_entropy(logits, y, reduction='none') < self.rho).view(-1, *[1] * (x.dim() - 1))
+                    if k == 0 and not weak.any(): return x_adv
+                    x_adv = torch.where(weak, self.step(x_adv, grad, x, ball, noise, k), x_adv)
         return x_adv
-
-    @torch.no_grad()
-    def under(self, model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
-        "Which examples' cross-entropy is under rho, shaped to broadcast against images; one forward pass."
-        return (F.cross_entropy(model(x_adv), y, reduction='none') < self.rho).view(-1, *[1] * (x_adv.dim() - 1))
 
     @property
     def passes(self) -> int:
-        "Cost per image, in forward and backward passes; a check is a third of one."
-        return self.steps + math.ceil(len(self.stages) * (self.K + (self.K + 1) / 3))
+        "Cost per image, in forward and backward passes, where no stage is left out."
+        return self.steps + len(self.stages) * self.K
 
 # %% ../nbs/61_saat.ipynb #2f51f834
 def in_255ths(value: float, eps: float) -> float:
@@ -120,3 +119,11 @@ def for_classes(rho: float, classes: int) -> float:
 # %% ../nbs/61_saat.ipynb #b5f666cf
 SAAT_TRAINING = Training(epochs=200, weight_decay=5e-4, schedule=Milestones(at=(101/200, 151/200), values=(1., 0.1, 0.01)))
 SAAT_AUGMENT = Augment(crop=4, pad='reflect', flip=True)
+
+# %% ../nbs/61_saat.ipynb #c5aa36fe
+def robustness_disparity(
+    natural: float|Tensor,             # accuracy without an attack, or one such number per image
+    robust: dict[float, float|Tensor]  # radius -> accuracy under an attack, likewise
+) -> float|Tensor:                     # what is lost per unit of radius, one number or one per image
+    "RD, the mean of (A_0 - A_i) / eps_i over the radii (SAAT section 3.1)."
+    return sum((natural - accuracy) / eps for eps, accuracy in robust.items()) / len(robust)

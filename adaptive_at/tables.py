@@ -16,9 +16,11 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
-from .core import replacing, write_text
-from .evaluation import AutoAttack, Transfer, paired, unpack, wilson
+from .attacks import PGD
+from .core import replacing, slug, write_text
+from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
+from .networks import network
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
 from .runs import hardware, versions
@@ -33,13 +35,14 @@ class Results:
     "What the store holds for a plan."
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.printed = {(r['dataset'], r['method'], r['metric']): float(r['value']) for r in printed(plan.table.name) if r['checkpoint'] in ('', plan.table.checkpoint)}
-        self.cells = {(b.info.name, row, c, w): [plan.verdict(b, row, c, seed, w) for seed in range(len(b.runs[row]))] for b in plan.blocks for row, pairs in b.cells.items() for c, w in pairs}
-        self.frame = pd.DataFrame([self._line(b, row, c) for b in plan.blocks for row in b.rows for c in b.shown if b.columns[c].surrogate != row], columns=COLUMNS)
+        self.printed = {(r['dataset'], r['method'], r['metric'], r['checkpoint'], r['network']): float(r['value']) for r in printed(plan.table.name)}
+        self.cells = {(i, row, c, w): [plan.verdict(b, row, c, seed, w) for seed in range(len(b.runs[row]))] for i, b in enumerate(plan.blocks) for row, pairs in b.cells.items() for c, w in pairs}
+        self.lines = {(i, row, c, w): self._line(b, row, c, w) for i, b in enumerate(plan.blocks) for row in b.rows for w in plan.table.checkpoints for c in b.shown if b.columns[c].surrogate != row}
+        self.frame = pd.DataFrame(list(self.lines.values()), columns=COLUMNS)
 
     def of(self, block: Block, row: str, column: str, which: str = '') -> list[dict]:
         "The stored results of one cell, one per seed."
-        return [r for r in self.cells.get((block.info.name, row, column, which or self.plan.table.checkpoint), []) if r]
+        return [r for r in self.cells.get((self.plan.blocks.index(block), row, column, which or self.plan.table.checkpoints[-1]), []) if r]
 
     def interval(self, block: Block, row: str, column: str, which: str = '') -> tuple[float, float, float]:
         "Accuracy of one cell and its interval in percent: Wilson's for one seed, mean and standard deviation for several."
@@ -47,38 +50,55 @@ class Results:
         values = [r['accuracy'] for r in done]
         if not values: return np.nan, np.nan, np.nan
         mean = float(np.mean(values))
-        if len(values) == 1: return mean, *wilson(mean, done[0]['n'])
+        if len(values) == 1: return mean, *interval(done[0])
         std = float(np.std(values, ddof=1))
         return mean, mean - std, mean + std
 
-    def _line(self, block: Block, row: str, column: str) -> dict:
-        "One number of the table."
-        plan, done = self.plan, self.of(block, row, column)
-        value, low, high = self.interval(block, row, column)
-        std = (high - low) / 2 if len(done) > 1 else np.nan
-        theirs = self.printed.get((block.reference, row, column), np.nan)
-        same = block.info.label == block.reference
-        return dict(dataset=block.info.label, network=block.runs[row][0].network.label, row=row, checkpoint=plan.table.checkpoint, column=column, value=value, ci_low=low, ci_high=high,
-                    n=done[0]['n'] if done else 0, seeds=len(done), std=std, paper=theirs, difference=value - theirs if same else np.nan, warning='; '.join(self._warnings(block, row, column)),
-                    overrides='; '.join(plan.overrides), run=' '.join(r.id for r in block.runs[row]))
+    def paper(self, block: Block, row: str, column: str, which: str = '') -> float:
+        "The printed number, where there is one."
+        dataset, network = block.reference
+        found = {key[4]: value for key, value in self.printed.items() if key[:3] == (dataset, row, column) and key[3] in ('', which or self.plan.table.checkpoints[-1])}
+        return found.get(network, next(iter(found.values())) if len(found) == 1 else np.nan)  # a row may have a network of its own
 
-# %% ../nbs/90_tables.ipynb #f0a2f147
+    def _line(self, block: Block, row: str, column: str, which: str) -> dict:
+        "One number of the table."
+        plan, runs, done = self.plan, block.runs.get(row, []), self.of(block, row, column, which)
+        value, low, high = self.interval(block, row, column, which)
+        std = (high - low) / 2 if len(done) > 1 else np.nan
+        theirs, same = self.paper(block, row, column, which), block.info.label == block.reference[0]
+        return dict(dataset=block.info.label, network=runs[0].network.label if runs else '', row=row, checkpoint=which, column=column, value=value, ci_low=low, ci_high=high,
+                    n=done[0]['n'] if done else 0, seeds=len(done), std=std, paper=theirs, difference=value - theirs if same else np.nan, warning='; '.join(self._warnings(block, row, column, which)),
+                    overrides='; '.join(plan.overrides), run=' '.join(r.id for r in runs))
+
+# %% ../nbs/90_tables.ipynb #1cfebe13
 @patch
-def _warnings(self:Results, block: Block, row: str, column: str) -> list[str]:
+def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> list[str]:
     "What a reader should be wary of in one cell."
     told, attacked = [], block.columns[column]
-    result, natural, pgd = (next(iter(self.of(block, row, c)), {}) for c in (column, 'natural', 'PGD-20'))
+    if row not in block.runs: return ['quoted by the paper, not reproduced here']
+    result, natural = (next(iter(self.of(block, row, c, which)), {}) for c in (column, 'natural'))
     for run in block.runs[row]:
         if message := self.plan.store.facts(run).get('diverged'): return [f'diverged: {message}']
     if not result: return []
     if result.get('top_class_share', 0) > 0.9: told.append(f"collapsed: {100 * result['top_class_share']:.0f}% of the predictions are one class")
     if not result.get('finite', True): told.append('logits are not finite')
     if result.get('zero_gradients', 0) > 0.1: told.append(f"zero gradients at {100 * result['zero_gradients']:.0f}% of the images: the attack cannot climb")
-    if isinstance(attacked, AutoAttack) and pgd and clearly(pgd, result, 8): told.append('AA far below PGD-20, which overestimates the robustness')
-    if isinstance(attacked, Transfer) and pgd and clearly(pgd, result, 0): told.append('black-box beats white-box, so PGD-20 overestimates the robustness')
-    if column == 'PGD-40' and pgd and clearly(result, pgd, 0): told.append('more steps help less than fewer')
-    if natural and clearly(result, natural, 0): told.append('higher than the natural accuracy')
+    for name, pgd in self._white_box(block, row, column, which):
+        if isinstance(attacked, AutoAttack) and clearly(pgd, result, 8): told.append(f'AA far below {name}, which overestimates the robustness')
+        if isinstance(attacked, Transfer) and clearly(pgd, result, 0): told.append(f'black-box beats white-box, so {name} overestimates the robustness')
+        if isinstance(attacked, WhiteBox) and clearly(result, pgd, 0): told.append(f'more steps help less than the fewer of {name}')
+        if isinstance(attacked, WhiteBox) and clearly(pgd, result, 8): told.append(f'far below {name}, which had not converged')
+    if natural and 'scores' not in result and clearly(result, natural, 0): told.append('higher than the natural accuracy')
     return told
+
+
+@patch
+def _white_box(self:Results, block: Block, row: str, column: str, which: str) -> list[tuple[str, dict]]:
+    "White-box PGD of at least ten steps in the same ball, shorter than the attack of this column: labels and results of the first seed."
+    own = block.columns[column]
+    found = [c for c, w in block.cells[row] if w == which and c != column and isinstance(a := block.columns[c], WhiteBox) and type(a.attack) is PGD and a.part == own.part and a.attack.steps >= 10
+             and a.eps == getattr(own, 'eps', None) and (not isinstance(own, WhiteBox) or (a.attack.loss == getattr(own.attack, 'loss', None) and a.steps < own.steps))]
+    return [(c, done[0]) for c in found[:1] if (done := self.of(block, row, c, which))]
 
 # %% ../nbs/90_tables.ipynb #5bdbf174
 @patch
@@ -87,59 +107,74 @@ def table(self:Results) -> Styler|str:
     plan = self.plan
     if plan.parameters.dry_run: return 'dry run: nothing was trained'
     shown, notes = [], {}
-    for block in plan.blocks:
-        grid = {(block.info.label, row): {c: self._cell(block, row, c, notes) for c in block.shown} for row in block.rows}
-        shown.append(pd.DataFrame.from_dict(grid, orient='index', columns=block.shown))
+    for i, block in enumerate(plan.blocks):
+        grid = {(plan.named(block), row): {(w, c): self._cell(i, row, c, w, notes) for w in plan.table.checkpoints for c in block.shown} for row in block.rows}
+        shown.append(pd.DataFrame.from_dict(grid, orient='index'))
     frame = pd.concat(shown)
-    frame.columns = [f'{c} †' if any(replaced(b, c, plan) for b in plan.blocks) else c for c in frame.columns]
+    several = len(plan.table.checkpoints) > 1
+    frame.columns = [f'{w}: ' * several + c + ' †' * any(replaced(b, c, plan) != '' for b in plan.blocks) for w, c in frame.columns]
     return styled(frame, self.heading(), self._footnotes() + [f"{text}: {', '.join(where)}." for text, where in notes.items()])
 
 @patch
-def _cell(self:Results, block: Block, row: str, column: str, notes: dict[str, list[str]]) -> str:
+def _cell(self:Results, block: int, row: str, column: str, which: str, notes: dict[str, list[str]]) -> str:
     "One cell; a warning goes into `notes` with the cells it concerns."
-    if block.columns[column].surrogate == row: return '–'
-    line = self.frame[(self.frame.dataset == block.info.label) & (self.frame.row == row) & (self.frame.column == column)].iloc[0]
-    ours = _number(line.value, line.ci_low, line.ci_high)
-    if line.warning:
-        notes.setdefault(f'⚠ {line.warning}', []).append(f'{row} ({column})')
-        ours += f' <sup title="{html.escape(line.warning)}">⚠</sup>'
-    theirs = '' if np.isnan(line.paper) else f'<br><span class="paper">paper {line.paper:g}</span>'
-    return ours + theirs + ('' if np.isnan(line.difference) else f' <span class="difference">{line.difference:+.1f}</span>')
+    if not (line := self.lines.get((block, row, column, which))): return '–'
+    theirs = '' if np.isnan(line['paper']) else f'<span class="paper">paper {line["paper"]:g}</span>'
+    if row not in self.plan.blocks[block].runs: return theirs
+    ours = _number(line['value'], line['ci_low'], line['ci_high'])
+    if line['warning']:
+        where = f'{row} ({column})'
+        if where not in notes.setdefault(f'⚠ {line["warning"]}', []): notes[f'⚠ {line["warning"]}'].append(where)
+        ours += f' <sup title="{html.escape(line["warning"])}">⚠</sup>'
+    return ours + '<br>' * bool(theirs) + theirs + ('' if np.isnan(line['difference']) else f' <span class="difference">{line["difference"]:+.1f}</span>')
 
 @patch
 def heading(self:Results, checkpoints: str = '') -> str:
     "What this is, in two sentences."
-    plan, runs = self.plan, [r for b in self.plan.blocks for rows in b.runs.values() for r in rows]
-    what = ' and '.join(f'{b.info.label}, eps {b.protocol.eps:.3g}' for b in plan.blocks)
+    plan, runs = self.plan, [r for b in self.plan.blocks for row in b.rows for r in b.runs.get(row, [])]
+    what = ' and '.join(dict.fromkeys(f'{b.info.label}, eps {b.protocol.eps:.3g}' for b in plan.blocks))
     epochs = sorted({r.training.epochs for r in runs})
-    text = f"{plan.table.title} Preset {plan.preset.name}: {plan.preset.says}. {what}; {runs[0].network.label}; {'–'.join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1])))} epochs; {checkpoints or plan.table.checkpoint} checkpoint."
+    text = (f"{plan.table.title} Preset {plan.preset.name}: {plan.preset.says}. {what}; {', '.join(dict.fromkeys(r.network.label for r in runs))}; "
+            f"{'–'.join(str(e) for e in dict.fromkeys((epochs[0], epochs[-1])))} epochs; {checkpoints or ' and '.join(plan.table.checkpoints)} checkpoint.")
     return text + (f" Departures from the preset: {'; '.join(plan.overrides)}." if plan.overrides else '')
 
 @patch
 def _footnotes(self:Results) -> list[str]:
     plan, seeds = self.plan, max(len(r) for b in self.plan.blocks for r in b.runs.values())
-    notes = ['Accuracy in percent on ' + ' and '.join(f"{min(plan.test_examples or b.info.n_test, b.info.n_test):,} test images of {b.info.label}" for b in plan.blocks)
+    notes = ['Accuracy in percent on ' + ' and '.join(dict.fromkeys(f"{min(plan.test_examples or b.info.n_test, b.info.n_test):,} test images of {b.info.label}" for b in plan.blocks))
              + (f', mean ± standard deviation over {seeds} seeds.' if seeds > 1 else ', ± half of the 95% Wilson interval.')]
-    if any(b.info.label != b.reference for b in plan.blocks):
-        notes.append('The paper\'s numbers, in grey, are of ' + ' and '.join(dict.fromkeys(b.reference for b in plan.blocks if b.info.label != b.reference)) + ': another dataset, so no difference is given. Compare directions.')
+    if others := dict.fromkeys(b.reference[0] for b in plan.blocks if b.info.label != b.reference[0]):
+        notes.append(f'The paper\'s numbers, in grey, are of {" and ".join(others)}: another dataset, so no difference is given. Compare directions.')
+    if plan.preset.network and (played := {n: s for n, s in plan.table.stand_ins.items() if not plan.parameters.network}):
+        notes.append('Networks that play the parts of the paper\'s: ' + ', '.join(f'{network(s).label} for {network(n).label}' for n, s in played.items()) + '.')
+    if quoted := dict.fromkeys(row for b in plan.blocks for row in b.rows if row not in b.runs):
+        notes.append(f'Quoted by the paper from other publications and not reproduced here: {", ".join(quoted)}.')
     notes += list(dict.fromkeys(note for b in plan.blocks for c in b.shown if (note := replaced(b, c, plan))))
-    return notes + [f'“Best” checkpoints were selected on the {b.runs[b.rows[0]][0].monitor.select} part by PGD-10 on {min(b.runs[b.rows[0]][0].monitor.examples, b.info.n_val or b.info.n_test):,} images; both checkpoints are kept in the store.' for b in plan.blocks[:1]]
+    said = {}
+    for b in plan.blocks:
+        for c in b.shown:
+            if text := b.columns[c].needs() or b.columns[c].note: said.setdefault(text, {})[c] = True
+    notes += [f'{", ".join(labels)}: {text}' + '.' * (not text.endswith('.')) for text, labels in said.items()]
+    b = plan.blocks[0]
+    m = next(iter(b.runs.values()))[0].monitor
+    return notes + [f'“Best” checkpoints were selected on the {m.select} part by PGD-{m.attack.steps} on {min(m.examples or b.info.n_test, b.info.n_val or b.info.n_test):,} images; both checkpoints are kept in the store.']
 
 # %% ../nbs/90_tables.ipynb #f74f34cc
 @patch
 def claims(self:Results,
-    claims: list[tuple[str, str, str, str]] # sentence; the row said to be higher; the row said to be lower; column
+    claims: list[tuple[str, str, str, str]], # sentence; the row said to be higher; the row said to be lower; column
+    which: str = ''                          # checkpoint; empty: the table's
 ) -> Styler|str:
     "What this run shows of a paper's claims."
     if self.plan.parameters.dry_run: return 'dry run: nothing was trained'
     lines = []
     for block in self.plan.blocks:
         for text, higher, lower, column in claims:
-            pairs = list(zip(*(self.of(block, row, column) for row in (higher, lower))))
-            if not pairs: lines.append({'dataset': block.info.label, 'claim': text, 'this run': 'not run', 'difference': ''}); continue
-            d, low, high = paired(*(torch.cat([unpack(p[i]['standing']) for p in pairs]) for i in (0, 1)))
+            pairs = list(zip(*(self.of(block, row, column, which) for row in (higher, lower))))
+            if not pairs: lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': 'not run', 'difference': ''}); continue
+            d, low, high = paired(*(torch.cat([scores(p[i]) for p in pairs]) for i in (0, 1)))
             verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot tell at this size'
-            lines.append({'dataset': block.info.label, 'claim': text, 'this run': verdict, 'difference': f'{d:+.1f} points [{low:+.1f}, {high:+.1f}]'})
+            lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': verdict, 'difference': f'{d:+.1f} points [{low:+.1f}, {high:+.1f}]'})
     return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
 
 # %% ../nbs/90_tables.ipynb #521d36fd
@@ -154,7 +189,7 @@ def compare(self:Results,
     for block in self.plan.blocks:
         for row in need.rows:
             for which in need.checkpoints:
-                lines[block.info.label, row, which] = {c + ' †' * bool(replaced(block, c, self.plan)): _number(*self.interval(block, row, c, which)) for c in need.columns}
+                lines[self.plan.named(block), row, which] = {c + ' †' * bool(replaced(block, c, self.plan)): _number(*self.interval(block, row, c, which)) for c in need.columns}
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
     return styled(frame, f'{caption}. {self.heading(" and ".join(need.checkpoints))}', [self._footnotes()[0], *notes])
@@ -209,18 +244,19 @@ def smaller(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 @patch
 def figure(self:Results,
     name: str,                            # e.g. 'fig4'
-    draw: Callable[[Results, Block], Figure],  # draws one block
+    draw: Callable[[Results, Block], Figure|None],  # draws one block; None: that block stands in another's figure
 ) -> None:
     "Draw a figure for each block, save it as PNG beside the table, and show it; nothing where it was not asked for."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    if self.plan.parameters.dry_run or name not in self.plan.figures: return print(self._skipped(name))
-    for i, block in enumerate(self.plan.blocks):
-        if missing := [r for r in self.plan.table.figures.get(name, Needs()).rows if not all(self.plan.store.finished(run) for run in block.runs[r])]:
-            print(f'{name}: not drawn for {block.info.label}, because {", ".join(missing)} did not train to the end')
+    plan = self.plan
+    if plan.parameters.dry_run or name not in plan.figures: return print(self._skipped(name))
+    for i, block in enumerate(plan.blocks):
+        if missing := [r for r in plan.table.figures.get(name, Needs()).rows if not all(plan.store.finished(run) for run in block.runs[r])]:
+            print(f'{name}: not drawn for {plan.named(block)}, because {", ".join(missing)} did not train to the end')
             continue
-        fig = draw(self, block)
-        path = self.plan.folder/(f'{name}.png' if i == 0 else f'{name}_{block.info.name.partition(":")[0]}.png')
+        if (fig := draw(self, block)) is None: continue
+        path = plan.folder/('_'.join([name, *([slug(plan.named(block))] if i else [])]) + '.png')
         with replacing(path) as part: fig.savefig(part, format='png')
         display(fig)
         plt.close(fig)
@@ -230,7 +266,7 @@ def write(self:Results) -> Path:
     "Write `table.csv` from all that the store holds for the table, also where only a part of it was asked for."
     path, whole = self.plan.folder/'table.csv', self.plan.whole()
     frame = (self if whole is self.plan else Results(whole)).frame
-    frame = frame[(frame.n > 0) | (frame.warning != '')]
+    frame = frame[(frame.n > 0) | (frame.warning != '')]  # what is not there and not explained is left out
     write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
     return path
 
@@ -240,25 +276,26 @@ def provenance(self:Results) -> Styler:
     plan = self.plan
     facts = {'command': f'<code>{html.escape(plan.parameters.command())}</code>', 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began),
-             'runs': '<br>'.join(f'{b.info.label}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
+             'runs': '<br>'.join(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
     return styled(pd.DataFrame({'this run': facts}), 'Provenance', [])
 
 
 def clearly(higher: dict, lower: dict, by: float) -> bool:
     "Is one accuracy higher than another by more than `by` points, beyond chance? On the images both have seen."
     n = min(higher['n'], lower['n'])
-    _, low, _ = paired(unpack(higher['standing'][:n]), unpack(lower['standing'][:n]), z=2.58)
+    _, low, _ = paired(scores(higher)[:n], scores(lower)[:n], z=2.58)
     return low > by
 
 
 def replaced(block: Block, column: str, plan: Plan) -> str:
     "What stands under a label in place of what the label says, if anything."
-    ran, meant = block.columns[column], (plan.table.columns(block.protocol) | plan.table.extra_columns(block.protocol))[column]
-    if ran == meant: return ''
+    p, t, ran = block.protocol, plan.table, block.columns[column]
+    meant = (t.columns(p) | t.more_columns(p) | t.extra_columns(p))[column]
+    if not isinstance(ran, (AutoAttack, WhiteBox, Transfer)) or ran == meant: return ''
     if isinstance(ran, AutoAttack): return f'† {column} on the first {min(ran.limit, plan.test_examples or block.info.n_test, block.info.n_test)} of these images.'
     return f'† {column} ran as {ran.attack.steps} steps and {ran.restarts} restarts, the limit of this preset.'
 
-# %% ../nbs/90_tables.ipynb #1cfebe13
+# %% ../nbs/90_tables.ipynb #f0a2f147
 def execute(
     plan: Plan,
     tell: Callable[[str], None] = print  # told one line per epoch and per evaluation
@@ -271,8 +308,9 @@ def execute(
         report(line)
     for block in plan.blocks:
         data = datasets.load(block.info.name, plan.parameters.data_root, plan.device)
-        training = [partial(_train, plan, run, row, data) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run)]
-        side_by_side(training, plan.workers(block), tell)
+        for later in (False, True):  # first the runs that others start from
+            training = [partial(_train, plan, run, row, data) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run) and bool(run.start) == later]
+            side_by_side(training, plan.workers(block), tell)
         evaluating = [partial(_evaluate, plan, block, row, seed, left, data) for row in block.cells for seed, run in enumerate(block.runs[row])
                       if plan.store.finished(run) and (left := plan.unevaluated(block, row, seed))]
         side_by_side(evaluating, plan.workers(block), tell)
@@ -294,8 +332,8 @@ def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, tell: Callabl
 def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, tell: Callable[[str], None]) -> None:
     "One job: the evaluations of a row."
     for column, which in cells:
-        c = block.columns[column]
-        source = plan.store.model(block.runs[c.surrogate][seed], data, plan.table.checkpoint, plan.device) if c.surrogate else None
+        surrogate = plan.source(block, row, column, seed)
+        source = plan.store.model(surrogate, data, which, plan.device) if surrogate else None
         result = plan.store.evaluate(block.runs[row][seed], plan.evaluation(block, row, column, seed, which), data, which, source, plan.device, tell)
         tell(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
 

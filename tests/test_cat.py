@@ -215,9 +215,8 @@ def test_one_hot_labels_give_the_gradients_of_ordinary_cross_entropy_bit_for_bit
 
 # The step: which eps labels what
 
-@dataclass(frozen=True)
-class SpyAttack(CATAttack):
-    seen: list = field(default_factory=list, compare=False)
+class Noted:
+    "Keeps what the attack is told and what it gives."
     def __call__(self, model, x, label, eps, noise=None):
         x_adv = super().__call__(model, x, label, eps, noise)
         self.seen.append((label.weight.clone(), x_adv))
@@ -225,12 +224,11 @@ class SpyAttack(CATAttack):
 
 
 @dataclass(frozen=True)
-class SpyPGD(PGD):
-    seen: list = field(default_factory=list, compare=False)
-    def __call__(self, model, x, label, eps, noise=None):
-        x_adv = super().__call__(model, x, label, eps, noise)
-        self.seen.append((label.weight.clone(), x_adv))
-        return x_adv
+class SpyAttack(Noted, CATAttack): seen: list = field(default_factory=list, compare=False)
+
+
+@dataclass(frozen=True)
+class SpyPGD(Noted, PGD): seen: list = field(default_factory=list, compare=False)
 
 
 @dataclass(frozen=True)
@@ -242,10 +240,8 @@ class SpyCE(SmoothedCE):
 
 
 def spied(method):
-    attack, objective = method.attack, method.objective
-    fields = dict(alpha=attack.alpha, steps=attack.steps, loss=attack.loss, start=attack.start)
-    spy = SpyAttack(**fields, eta=attack.eta, cap=attack.cap) if isinstance(attack, CATAttack) else SpyPGD(**fields)
-    return replace(method, attack=spy, objective=SpyCE(objective.c))
+    spy = SpyAttack if isinstance(method.attack, CATAttack) else SpyPGD
+    return replace(method, attack=spy(**vars(method.attack)), objective=SpyCE(method.objective.c))
 
 
 class Frozen(nn.Module):

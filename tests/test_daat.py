@@ -54,7 +54,7 @@ def test_fig4_enlarged_reaches_beyond_eps_and_not_beyond_its_cap(banks):
 
 
 def test_every_row_a_figure_needs_exists():
-    p = Protocol("digits", EPS, "quick")
+    p = Protocol("digits", "resnet18", EPS, "quick")
     rows, columns = TABLE.rows(p) | TABLE.extra_rows(p), TABLE.columns(p) | TABLE.extra_columns(p)
     for name, need in TABLE.figures.items():
         assert set(need.rows) <= set(rows), name
@@ -83,8 +83,8 @@ class Stored:
         from adaptive_at.tables import Results
         self.results = object.__new__(Results)
         block = Name(info=Name(name="digits", label="digits"))
-        self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoint="last"))
-        self.results.cells = {("digits", row, "natural", "last"): [{"standing": pack(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
+        self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoints=("last",)), named=lambda block: "digits")
+        self.results.cells = {(0, row, "natural", "last"): [{"standing": pack(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
 
     def verdict(self, higher, lower):
         return self.results.claims([("c", higher, lower, "natural")]).data["this run"].iloc[0]

@@ -11,7 +11,7 @@ from adaptive_at import networks as nets
 from adaptive_at.attacks import PGD
 from adaptive_at.core import UserError, digest
 from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMAGENET, MNISTCNN, NETWORKS, SVHN_RICE, TRADES_NET, VGG16, IAATWideResNet,
-                                  ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, in_mode)
+                                  ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
 
 GRAY = ("mnistcnn", "mnistcnn-trades", "smallcnn")
@@ -329,3 +329,64 @@ def test_normalisation_comes_first_and_changes_no_weight(constants):
 
 def test_normalisation_for_other_channels_is_refused():
     with pytest.raises(UserError, match="3 channels, but the images have 1"): NarrowResNet(**CIFAR10_RICE).build(10, 1)
+
+
+# Batch norm folded into convolutions
+
+def used(spec, image):
+    "A network in float64 with running statistics and weights far from the initial ones, in eval mode."
+    net = spec.build(10, image).double().eval()
+    for i, (name, p) in enumerate(sorted(net.state_dict().items())):
+        if p.dim() == 1 and "num_batches" not in name: p.copy_(0.5 + numbers(len(p), seed=i).double())
+    return net
+
+
+@pytest.mark.parametrize("spec, image, side, n, left", [
+    (NarrowResNet(), 1, 8, 9, 0), (ResNet18(), 3, 8, 20, 0), (NETWORKS["resnet50"], 3, 8, 53, 0), (NarrowResNet(**CIFAR10_RICE), 3, 16, 9, 0), (VGG16(), 3, 32, 13, 0),
+    (PreActResNet18(), 3, 8, 8, 9), (WideResNet(depth=10, width_factor=1), 3, 8, 3, 4), (IAATWideResNet(depth=8, width_factor=1), 3, 32, 4, 4), (SmallCNN(), 1, 28, 0, 0)])
+def test_a_folded_network_is_the_same_function_without_its_batch_norms(spec, image, side, n, left):
+    net, x = used(spec, image), numbers(2, image, side, side).double().requires_grad_()
+    calls = []
+    for m in net.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.register_forward_hook(lambda m, args, out: calls.append(out is args[0]))
+    logits = net(x)
+    slope = torch.autograd.grad(logits[:, 3].sum(), x)[0]
+    was = {k: v.clone() for k, v in net.state_dict().items()}
+    calls.clear()
+    with folded(net):
+        inside = net(x)
+        assert near(inside, logits, 1e-10) and near(torch.autograd.grad(inside[:, 3].sum(), x)[0], slope, 1e-9)
+        assert (sum(calls), len(calls) - sum(calls)) == (n, left)
+    assert torch.equal(net(x), logits) and same(was, net.state_dict()) and all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_folding_leaves_train_mode_alone_and_ends_with_an_exception():
+    net, x = NarrowResNet(width_factor=4).build(10, 1), numbers(6, 1, 8, 8)
+    net.body[1].eval()   # frozen by hand: this one is folded
+    net.body[1].running_mean.fill_(0.5)
+    twin = NarrowResNet(width_factor=4).build(10, 1)
+    twin.load_state_dict(net.state_dict())
+    twin.body[1].eval()
+    want = twin(x)
+    with pytest.raises(ZeroDivisionError):
+        with folded(net):
+            assert near(net(x), want) and not torch.equal(net(x), want)
+            with folded(net): assert near(net(x), want)   # once is enough
+            assert "forward" in vars(net.body[0]) and "forward" not in vars(net.body[3].conv1)
+            1 / 0
+    assert not any("forward" in vars(m) for m in net.modules())
+    for _ in range(2): twin(x)
+    assert int(net.body[3].bn1.num_batches_tracked) == int(twin.body[3].bn1.num_batches_tracked) == 3 and int(net.body[1].num_batches_tracked) == 0
+
+
+def test_an_attack_folds_in_eval_mode_only_and_with_the_weights_it_meets():
+    net, x, y = NarrowResNet(width_factor=4).build(10, 1).eval(), numbers(6, 1, 8, 8), labels(6, 10)
+    read = []
+    net.body[1].register_forward_hook(lambda m, args, out: read.append(out is args[0]))
+    PGD(0.01, 3)(net, x, y, 0.1, noise(6))
+    assert read == [True] * 3
+    PGD(0.01, 3, mode="train")(net, x, y, 0.1, noise(6))
+    assert read[3:] == [False] * 3
+    before = PGD(0.01, 3)(net, x, y, 0.1, noise(6))
+    with torch.no_grad(): net.body[0].weight.neg_()
+    assert not torch.equal(PGD(0.01, 3)(net, x, y, 0.1, noise(6)), before)
