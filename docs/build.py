@@ -25,12 +25,13 @@ import matplotlib
 import nbformat
 from fastcore.docments import docments
 from nbdev.process import NBProcessor
-from nbdev.processors import add_show_docs, clean_magics, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
+from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
 from sphinx.cmd.build import build_main
 
 matplotlib.use("Agg")
 from pictures import draw
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 PAPERS = {"daat": "DAAT", "saat": "SAAT", "iaat": "IAAT", "cat": "CAT", "dra": "DRA"}
 
 
@@ -113,7 +114,7 @@ def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found, waiting = {}, {}
     for b in books:
-        if (there := root / "outputs" / b.path.name).exists(): found[b.name] = there
+        if finished(there := root / "outputs" / b.path.name): found[b.name] = there
         elif not b.skipped:
             found[b.name] = folder / f"{b.name}-{hashlib.sha256(library + b.path.read_bytes()).hexdigest()[:16]}.ipynb"
             if not found[b.name].exists(): waiting[b.name] = b
@@ -247,7 +248,7 @@ class Site:
     def page(self, book: Notebook) -> nbformat.NotebookNode:
         "The notebook as the site shows it."
         path = self.found.get(book.name, book.path)
-        processor = NBProcessor(path, procs=[populate_language, strip_ansi, hide_line, rm_header_dash, hide_, clean_magics, strip_hidden_metadata])
+        processor = NBProcessor(path, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, clean_magics, strip_hidden_metadata])
         for cell in processor.nb.cells:  # what nbdev's filters drop by directive, they must not drop before this is known
             cell.exported = bool({"export", "exports", "exporti"} & cell.directives_.keys())
         processor.process()
@@ -258,7 +259,7 @@ class Site:
                 levels = [len(m) for m in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", cell.source, flags=re.M | re.S), re.M)]
                 level = levels[-1] if levels else level
                 cells.append(nbformat.v4.new_markdown_cell(self.linked(cell.source, book)))
-                if top: cells += [nbformat.v4.new_markdown_cell(text) for text in self.notes(book, path)]
+                if top: cells += [nbformat.v4.new_markdown_cell(text) for text in ([self.cards()] if book.name == "index" else self.notes(book, path))]
                 top = False
                 continue
             if asked := re.match(r"show_doc\(([\w.]+)", cell.source):
@@ -267,9 +268,12 @@ class Site:
             lesson = book.section == "library" and cell.exported
             if lesson and (names := [n for n in defined(cell.source) if n not in shown]): cells.append(self._api(book, names, level))
             if not cell.source.strip() and not cell.get("outputs"): continue
+            outputs = json.loads(json.dumps(cell.get("outputs", [])))
+            live = [o for o in outputs if WIDGET in o.get("data", {})]  # controls need a kernel; nothing of them is on the page
             new = nbformat.from_dict({"cell_type": "code", "id": cell.get("id") or "x", "source": cell.source, "execution_count": None,
-                                      "metadata": {"tags": ["hide-input"] if lesson else []}, "outputs": json.loads(json.dumps(cell.get("outputs", [])))})
+                                      "metadata": {"tags": ["hide-input"] if lesson else []}, "outputs": [o for o in outputs if o not in live]})
             cells.append(new)
+            if live: cells.append(nbformat.v4.new_markdown_cell(":::{note}\nThe controls are live in Jupyter: open this notebook there.\n:::"))
         if book.name == "index": cells.append(nbformat.v4.new_markdown_cell(self.contents()))
         for i, cell in enumerate(cells): cell["id"] = f"c{i}"
         return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
@@ -279,7 +283,6 @@ class Site:
 
     def notes(self, book: Notebook, path: Path) -> list[str]:
         "What stands below a page's title: where it comes from, and what was run."
-        if book.name == "index": return []
         facts = [f"{{download}}`nbs/{book.path.name} </notebooks/{book.path.name}>`"]
         if book.section == "library" and book.module: facts.append(f"exports `adaptive_at.{book.module}`")
         made = path.parent == root / "outputs"
@@ -297,6 +300,10 @@ class Site:
         return notes
 
     def of(self, section: str) -> list[Notebook]: return [b for b in self.books if b.section == section]
+
+    def cards(self) -> str:
+        "The home page's way into the sections."
+        return "::::{container} cards\n" + "\n".join(f"- [{title}](/{section}/index.md)\n\n  {text}" for section, title, text in CARDS if section == "papers" or self.of(section)) + "\n::::"
 
     def contents(self) -> str:
         "The site's table of contents, for the sidebar."
@@ -331,18 +338,28 @@ class Site:
                 index(section, title, text + "| | |\n| --- | --- |\n" + "\n".join(f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} |" for b in books), [b.page for b in books])
 
 
+CARDS = (("papers", "Papers", "Five methods: the idea in a picture, the maths, what was left open."), ("tables", "Tables", "The printed numbers and ours, figures and claims."),
+         ("library", "Library", "Every module as a lesson, with its reference."), ("guides", "Guides", "Own rules, own data, a GPU, and how not to be fooled."))
 TABLES = "One page per table: the printed number beside ours, the paper's figures, its claims, and what was run.\n\n"
 LIBRARY = "One notebook is one module: a lesson, its code, its checks. In reading order; each stands only on those above it.\n\n"
 GUIDES = "Notebooks that start with a task.\n\n"
 
 
+def noted(path: Path) -> dict:
+    "What papermill noted in a notebook that it executed."
+    return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
+
+
+def finished(path: Path) -> bool:
+    "Is there an executed notebook, and did papermill come to its end?"
+    return path.exists() and (not (facts := noted(path)) or (not facts.get("exception") and facts.get("duration") is not None))
+
+
 def ran(path: Path) -> str:
-    "When and with what papermill executed a notebook, from what it noted there."
-    facts = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("papermill", {})
-    if not facts: return ""
-    if facts.get("exception"): sys.exit(f"{path.name} ended in an error when it was executed: run it again.")
-    preset = facts["parameters"].get("preset", "auto")
-    return f"executed {facts['end_time'][:10]}, preset {preset}, {facts['duration'] / 60:.0f} min" if facts["duration"] >= 60 else f"executed {facts['end_time'][:10]}, preset {preset}, {facts['duration']:.0f} s"
+    "When, how and how long a notebook was executed."
+    if not (facts := noted(path)): return ""
+    took = f"{facts['duration'] / 60:.0f} min" if facts["duration"] >= 60 else f"{facts['duration']:.0f} s"
+    return f"executed {facts['end_time'][:10]}, preset {facts['parameters'].get('preset', 'auto')}, {took}"
 
 
 def moved(book: Notebook, path: Path) -> bool:

@@ -1,28 +1,23 @@
 "The site builds offline, is whole, and works in a browser, on a desk and on a phone."
-import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from browser import SIZES, Browser, until
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 import build
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SIZES = {"desktop": (1400, 1000), "phone": (390, 844)}
-
-
 @pytest.fixture(scope="module")
 def site():
     "The built site; what was executed for the last build and has not changed is taken over."
-    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py"], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return ROOT / "docs" / "_build" / "html"
 
@@ -79,6 +74,14 @@ def test_a_table_that_was_not_executed_says_so_and_how(tmp_path):
     assert "Not executed yet" not in "\n".join(c.source for c in build.Site(books, found, tmp_path).page(book).cells)
 
 
+@pytest.mark.parametrize("facts, done", [(None, True), ({"exception": None, "duration": 3.}, True), ({"exception": True, "duration": 3.}, False), ({"exception": None, "duration": None}, False)])
+def test_a_notebook_that_failed_or_was_killed_is_not_an_executed_one(tmp_path, facts, done):
+    path = tmp_path / "x.ipynb"
+    assert not build.finished(path)
+    path.write_text(json.dumps({"metadata": {"papermill": facts} if facts else {}}))
+    assert build.finished(path) is done
+
+
 def test_ways_of_writing(tmp_path):
     books = build.notebooks()
     site, radius = build.Site(books, {}, tmp_path), next(b for b in books if b.name == "40_radius")
@@ -115,82 +118,8 @@ def test_what_is_broken_is_found(tmp_path, line, problem):
 
 # --- in a browser
 
-class Browser:
-    "Headless Chromium over its own protocol."
-    def __init__(self, folder):
-        self.process = subprocess.Popen([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0", "--remote-allow-origins=*",
-                                         "--disable-background-networking", "--no-first-run", f"--user-data-dir={folder}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        import urllib.request
-        import websocket
-        port = self.until(lambda: (folder / "DevToolsActivePort").exists() and (folder / "DevToolsActivePort").read_text().split("\n")[0])
-        pages = self.until(lambda: [p for p in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list")) if p["type"] == "page"])
-        self.socket = websocket.create_connection(pages[0]["webSocketDebuggerUrl"], timeout=60)
-        self.ids, self.events = itertools.count(1), []
-        for domain in ("Page", "Runtime", "Log", "Network"): self.call(f"{domain}.enable")
-
-    @staticmethod
-    def until(ready, seconds=60):
-        "What `ready` gives once it gives something."
-        end = time.time() + seconds
-        while time.time() < end:
-            try:
-                if found := ready(): return found
-            except OSError: pass
-            time.sleep(0.05)
-        raise TimeoutError("the browser does not answer")
-
-    def call(self, method, **parameters):
-        number = next(self.ids)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:
-            message = json.loads(self.socket.recv())
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self.events.append(message)
-
-    def js(self, expression):
-        "The value of an expression; promises are waited for."
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
-
-    def open(self, url, size, dark=False):
-        "Go to a page, and wait for its images and its maths."
-        width, height = SIZES[size]
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=size == "phone")
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        self.until(lambda: self.js("document.readyState") == "complete" and self.js("location.href") == url)
-        self.js("window.MathJax?.startup?.promise?.then(() => true)")
-        self.until(lambda: self.js("[...document.images].every(i => i.complete)"))
-
-    def errors(self):
-        "What the console holds against the page, and what it asked the network for."
-        told = []
-        for event in self.events:
-            p = event.get("params", {})
-            if event.get("method") == "Runtime.exceptionThrown": told.append(p["exceptionDetails"])
-            if event.get("method") == "Runtime.consoleAPICalled" and p["type"] in ("error", "assert"): told.append(p["args"])
-            if event.get("method") == "Log.entryAdded" and p["entry"]["level"] == "error": told.append(p["entry"])
-            if event.get("method") == "Network.requestWillBeSent" and p["request"]["url"].split(":")[0] in ("http", "https"): told.append(p["request"]["url"])
-        return told
-
-    def sideways(self):
-        "What of the page's frame is wider than the window, so that the page would scroll sideways; the theme lets its content scroll on a phone."
-        return self.js("[document.scrollingElement, ...document.querySelectorAll('.page, .main, .content, article')].filter(e => e.scrollWidth > Math.min(innerWidth, e.clientWidth) + 1)"
-                       ".map(e => [e.tagName, e.className, e.scrollWidth, e.clientWidth])")
-
-    def close(self):
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(30)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if CHROMIUM is None: pytest.skip("Chromium is not installed")
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.close()
@@ -217,7 +146,7 @@ def test_a_page_in_a_browser(site, browser, page, size):
 @pytest.mark.parametrize("word, page", [("DAAT", "papers/daat.html"), ("pgd", "library/attacks.html")])
 def test_search_finds(site, browser, word, page, size):
     browser.open(f"{(site / 'search.html').as_uri()}?q={word}", size)
-    browser.until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)))
+    until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)))
     assert browser.errors() == [] and browser.sideways() == []
 
 
