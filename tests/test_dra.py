@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch import nn
 
-from adaptive_at.attacks import KL, PGD
+from adaptive_at.attacks import KL, NormalStart, PGD, UniformStart
 from adaptive_at.core import UserError, describe, digest, in_epoch
 from adaptive_at.datasets import Batch
-from adaptive_at.dra import (CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, calibrate, decaying, dra_finetune,
-                             dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, pgd_finetune, significant, trades_dra, trades_pgd)
-from adaptive_at.methods import Training, at, natural
+from adaptive_at.dra import (CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, accuracy, calibrate, decaying, dra_finetune,
+                             dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, on_mnist, pgd_finetune, significant,
+                             success, trades_dra, trades_pgd)
+from adaptive_at.methods import Training, at, mart, natural, trades
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.objectives import TRADES, AdversarialCE
 from adaptive_at.plans import Row
@@ -325,3 +326,37 @@ def test_training():
 def test_trades_on_dra_samples_runs():
     net, steps = stepped(trades_dra(8/255))
     assert steps == 1 and all(p.isfinite().all() for p in net.parameters())
+
+
+# What the tables use
+
+def test_success_is_of_the_images_that_were_right():
+    right, standing = torch.tensor([1, 1, 1, 0, 1]).bool(), torch.tensor([1, 0, 0, 0, 1]).bool()
+    assert success(right, standing) == (50., 4)
+    assert success(~right, torch.tensor([0, 0, 0, 1, 0]).bool()) == (0., 1) and success(torch.zeros(3).bool(), torch.zeros(3).bool()) == (0., 0)
+
+
+def test_accuracy_under_an_attack_of_known_strength():
+    "On a linear model DRA with all pixels takes e sum(w^2) / mean|w| off the margin."
+    model, w, x, y = linear()
+    margin = model(x).abs().amax(1) * 2
+    for e in (0.01, 0.03): assert accuracy(model, DRA(1.), x, y, e) == pytest.approx(100 * float((margin > e * (w**2).sum() / w.abs().mean()).float().mean()), abs=0.3)
+    assert accuracy(model, DRA(1.), x, y, 0.02, batch=7) == accuracy(model, DRA(1.), x, y, 0.02)
+
+
+def test_calibration_refuses_a_network_that_no_attack_moves():
+    class Constant(nn.Module):
+        def forward(self, x): return (x * 0).flatten(1)[:, :2] + torch.tensor([1., 0.])
+    _, _, x, y = linear()
+    with pytest.raises(UserError, match="trained on clean images"): calibrate(Constant(), x, y)
+
+
+def test_baselines_on_mnist():
+    for method, starts in ((at(0.3), UniformStart()), (trades(0.3), NormalStart(0.001)), (mart(0.3), NormalStart(0.001))):
+        theirs = on_mnist(method, 0.3)
+        assert (theirs.attack.alpha, theirs.attack.steps, theirs.attack.start) == (0.01, 40, starts) and replace(theirs, attack=method.attack) == method and theirs.attack.loss == method.attack.loss
+    assert on_mnist(at(0.15), 0.15).attack.alpha == pytest.approx(0.005)
+
+
+def test_two_updates_are_counted():
+    assert dra_finetune_constant(8/255).passes == 5 + 2 and madry_dra(8/255).passes == 5 + 1 and pgd_finetune(8/255).passes == 10 + 2
