@@ -53,7 +53,13 @@ class Notebook:
         "The folder of its page."
         if self.name == "index": return ""
         if self.name == "benchmark": return "benchmarks"
-        return "tables" if self.name.startswith("table") else "library" if self.name[0].isdigit() else "guides"
+        if any("parameters" in c.metadata.get("tags", []) for c in self.source.cells): return "tables"
+        return "library" if self.name[0].isdigit() else "guides"
+
+    @property
+    def paper(self) -> str:
+        "Whose table it is; empty for what compares papers."
+        return self.name.rpartition("_")[2] if self.section == "tables" and self.name.rpartition("_")[2] in PAPERS else ""
 
     @property
     def page(self) -> str:
@@ -86,7 +92,7 @@ class Notebook:
 
 def notebooks(root: Path = root) -> list[Notebook]:
     "All notebooks, in reading order."
-    return [Notebook(p) for p in sorted((root / "nbs").glob("*.ipynb"), key=lambda p: (p.stem.partition("_")[2] if p.stem.startswith("table") else "", p.stem))]
+    return [Notebook(p) for p in sorted((root / "nbs").glob("*.ipynb"))]
 
 
 # --- execution -----------------------------------------------------------------------------------------------------------------------
@@ -311,8 +317,8 @@ class Site:
         return "```{toctree}\n:hidden:\n\n" + "\n".join(sections) + "\n```"
 
     def tables(self, paper: str) -> str:
-        "A paper's tables and whether they were executed."
-        books = [b for b in self.of("tables") if b.name.endswith(f"_{paper}")]
+        "A paper's tables and whether they were executed; without a paper, what compares them all."
+        books = [b for b in self.of("tables") if b.paper == paper]
         if not books: return "None of its tables has a notebook yet."
         lines = [f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} | {', '.join(b.figures)} | {ran(self.found[b.name]) if b.name in self.found else 'not executed yet'} |" for b in books]
         return "\n".join(["| table | what it shows | figures | here |", "| --- | --- | --- | --- |", *lines])
@@ -332,7 +338,8 @@ class Site:
         for page in sorted((root / "docs" / "papers").glob("*.md")): (self.source / "papers" / page.name).write_text(self.paper(page), encoding="utf-8")
         index = lambda section, title, text, pages: (self.source / section / "index.md").write_text(
             f"# {title}\n\n{text}\n\n```{{toctree}}\n:hidden:\n\n" + "\n".join(f"/{p}" for p in pages) + "\n```\n", encoding="utf-8")
-        index("tables", "Tables", TABLES + "\n\n".join(f"## {label}\n\n{self.tables(p)}" for p, label in PAPERS.items()), [b.page for p in PAPERS for b in self.of("tables") if b.name.endswith(f"_{p}")])
+        groups = {**PAPERS, **({"": "All papers"} if any(not b.paper for b in self.of("tables")) else {})}
+        index("tables", "Tables", TABLES + "\n\n".join(f"## {label}\n\n{self.tables(p)}" for p, label in groups.items()), [b.page for p in groups for b in self.of("tables") if b.paper == p])
         for section, title, text in (("library", "Library", LIBRARY), ("guides", "Guides", GUIDES)):
             if books := self.of(section):
                 index(section, title, text + "| | |\n| --- | --- |\n" + "\n".join(f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} |" for b in books), [b.page for b in books])
