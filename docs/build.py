@@ -335,6 +335,9 @@ class Site:
         "All pages."
         for folder in ("papers", "tables", "library", "guides", "benchmarks", "notebooks"): (self.source / folder).mkdir(parents=True, exist_ok=True)
         for b in self.books: nbformat.write(self.page(b), self.source / f"{b.page}.ipynb")
+        for name in re.findall(r"!\[[^]]*\]\((outputs/[^)]+)\)", (root / "nbs" / "index.ipynb").read_text(encoding="utf-8")):  # the home page's pictures
+            (self.source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, self.source / name)
         for page in sorted((root / "docs" / "papers").glob("*.md")): (self.source / "papers" / page.name).write_text(self.paper(page), encoding="utf-8")
         index = lambda section, title, text, pages: (self.source / section / "index.md").write_text(
             f"# {title}\n\n{text}\n\n```{{toctree}}\n:hidden:\n\n" + "\n".join(f"/{p}" for p in pages) + "\n```\n", encoding="utf-8")
