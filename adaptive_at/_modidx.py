@@ -85,6 +85,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                   'adaptive_at.core.UserError._render_traceback_': ( 'core.html#usererror._render_traceback_',
                                                                                      'adaptive_at/core.py'),
                                   'adaptive_at.core._is_foreign': ('core.html#_is_foreign', 'adaptive_at/core.py'),
+                                  'adaptive_at.core._lines': ('core.html#_lines', 'adaptive_at/core.py'),
                                   'adaptive_at.core._written': ('core.html#_written', 'adaptive_at/core.py'),
                                   'adaptive_at.core.describe': ('core.html#describe', 'adaptive_at/core.py'),
                                   'adaptive_at.core.digest': ('core.html#digest', 'adaptive_at/core.py'),

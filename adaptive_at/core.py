@@ -32,14 +32,18 @@ def qualified(obj: type|Callable) -> str:
     return f'{obj.__module__}.{obj.__qualname__}'
 
 
+def _lines(file: str) -> str: return ''.join(linecache.getlines(file))
+
+
 def _written(obj: type|Callable) -> ast.Module:
     "The syntax tree of an object's source; for classes of a notebook, where `inspect` fails before Python 3.13, of the latest cell that defines it."
     try: return ast.parse(textwrap.dedent(inspect.getsource(obj)))
     except (OSError, TypeError, SyntaxError):
         if not isinstance(obj, type): raise
-    own = [f.__code__.co_filename for f in vars(obj).values() if inspect.isfunction(f) and f.__code__.co_filename in linecache.cache]
+    methods = [inspect.unwrap(f).__code__.co_filename for f in vars(obj).values() if inspect.isfunction(f)]  # decorated or not, a method's cell is its class's
     history = vars(sys.modules.get('__main__')).get('In') or []
-    cells = [''.join(linecache.cache[own[0]][2])] if own else [*reversed(history), *(''.join(v[2]) for k, v in reversed(linecache.cache.items()) if 'ipython' in k)]
+    known = [f for f in reversed(linecache.cache) if 'ipython' in f]
+    cells = [*map(_lines, methods), *reversed(history), *map(_lines, known)]
     for text in cells:
         try: tree = ast.parse(text)
         except SyntaxError: continue  # a cell with magics
