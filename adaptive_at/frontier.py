@@ -15,7 +15,8 @@ from pandas.io.formats.style import Styler
 from . import datasets
 from .core import UserError, replacing, write_text
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
-from .figures import GREY, PALETTE, look, styled
+from .figures import PALETTE, look, styled
+from .networks import network
 from .parameters import TABLES, Parameters, about, listed
 from .plans import Plan, Session
 from .training import Run
@@ -33,9 +34,10 @@ class Trained:
 
 
 def trained(session: Session) -> dict[str, Trained]:
-    "Every finished run of seed 0 on the chosen dataset that is a row of a table, by run id."
+    "Every finished run of seed 0 on the chosen dataset and network that is a row of a table, by run id."
     q, found = session.parameters, {}
     name = q.datasets or ('digits' if session.preset.datasets else 'cifar10')
+    judged = network(q.network or session.preset.network or 'resnet18').label
     if len(listed(name)) != 1 or name == 'all': raise UserError(f'datasets is {q.datasets!r}; the frontier compares methods on one dataset, so name one.')
     for table in TABLES:
         if table == 'frontier': continue
@@ -44,7 +46,7 @@ def trained(session: Session) -> dict[str, Trained]:
         for block in plan.blocks:
             for row in block.rows:
                 run = block.runs[row][0] if row in block.runs else None
-                if run and run.id not in found and plan.store.finished(run): found[run.id] = Trained(row, table.rpartition('_')[2].upper(), table, run, plan, block.info)
+                if run and run.network.label == judged and run.id not in found and plan.store.finished(run): found[run.id] = Trained(row, table.rpartition('_')[2].upper(), table, run, plan, block.info)
     wanted = {part.lower() for part in listed(q.rows)}
     if unknown := wanted - {t.label.lower() for t in found.values()}:
         raise UserError(f'rows names {min(unknown)!r}, which is not a trained row on {name}; trained are {", ".join(dict.fromkeys(t.label for t in found.values())) or "none"}.')
@@ -111,8 +113,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         best = frame[frame.front].sort_values('natural')
         axes[0].step(best.natural, best.AA, where='pre', color='0.2', lw=1, zorder=0)
         for line in best.itertuples():
-            axes[0].annotate(line.row, (line.natural, line.AA), xytext=(6, 7), textcoords='offset points', fontsize='small')
-            axes[1].annotate(line.row, (line.cost, line.AA), xytext=(6, 7), textcoords='offset points', fontsize='small')
+            for ax, x in zip(axes, (line.natural, line.cost)): ax.annotate(line.row, (x, line.AA), xytext=(-6, 7), textcoords='offset points', ha='right', fontsize='small')
         axes[0].set(xlabel='natural accuracy (%)', ylabel='accuracy under AutoAttack (%)')
         axes[1].set(xlabel='gradient evaluations per training image', xscale='log')
         fig.legend(loc='outside lower center', ncols=5)
