@@ -101,6 +101,7 @@ def execute(path: Path, into: Path) -> None:
     "Run a notebook in this process, as `nbdev_test` does, and keep what it shows."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
+    multiprocessing.set_start_method(None, force=True)  # the notebook's own processes begin as everywhere, not as this one did
     os.chdir(path.parent)
     nb = read_nb(path)
     shell = CaptureShell(path)
