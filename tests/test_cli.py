@@ -21,12 +21,13 @@ from adaptive_at.exports import opened
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
+from adaptive_at.plain import plain, scored
 from adaptive_at.runs import Store
 from adaptive_at.seals import checksum
 from adaptive_at.tables import run
 from adaptive_at.training import Monitor, Run
 
-from helpers import digits
+from helpers import digits, narrow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,3 +232,44 @@ def test_errors_are_one_sentence(outputs, tmp_path, capsys):
     for wrong in (["mend"], ["show"], ["--nonsense"]):
         with pytest.raises(SystemExit) as caught: main(["runs", *wrong])
         assert caught.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+# Weights from elsewhere
+
+def renamed_weights(model, prefix=""):
+    "A state_dict under other names, in the same order."
+    return {f"{prefix}layer{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(model.state_dict().items())}
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"net": {f"module.{k}": v for k, v in w.items()}}, lambda w: {k: v for k, v in w.items() if "tracked" not in k},
+                                  lambda w: w | {"sub_block1.conv.weight": torch.zeros(3)}], ids=["plain", "state_dict", "module", "old", "unused block"])
+def test_plain_weights_give_their_network(wrap, tmp_path):
+    model = narrow(seed=5)
+    torch.save(wrap(renamed_weights(model)), tmp_path/"theirs.pt")
+    loaded = plain(tmp_path/"theirs.pt", NarrowResNet(width_factor=4), digits().info)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values())) and not loaded.training
+
+
+def test_their_normalisation_is_taken_over(tmp_path):
+    inner = narrow(seed=5)
+    torch.save({"mu": torch.full((1, 1, 1), 0.25), "sigma": torch.full((1, 1, 1), 0.5)} | renamed_weights(inner), tmp_path/"theirs.pt")
+    x = digits().test.x[:8] / 16
+    with torch.no_grad(): assert torch.equal(plain(tmp_path/"theirs.pt", NarrowResNet(width_factor=4), digits().info)(x), inner.eval()((x - 0.25) / 0.5))
+
+
+def test_weights_of_another_network_or_none_are_refused(tmp_path):
+    file, trap = tmp_path/"theirs.pt", tmp_path/"executed"
+    class Payload:
+        def __reduce__(self): return Path.mkdir, (trap,)
+    for content, said in ((renamed_weights(narrow(width=8)), r"is not a narrow ResNet \(width 4\) for 10 classes: layer0.weight"), ({"epoch": 3}, "no state_dict"), ([1], "no state_dict"), ({}, "no state_dict"),
+                          (dict(list(renamed_weights(narrow()).items())[:-1]), "tensors, and that network"), ({"w": Payload()}, "cannot be read as plain tensors")):
+        torch.save(content, file)
+        with pytest.raises(UserError, match=said) as caught: plain(file, NarrowResNet(width_factor=4), digits().info)
+        assert "\n" not in str(caught.value)
+    assert not trap.exists()
+
+
+def test_plain_weights_are_scored_as_the_tables_score_them(outputs):
+    store = Store(outputs/"runs")
+    model = plain(store.folder(alone(7))/"best.pt", NarrowResNet(width_factor=4), digits().info)
+    assert scored(model, {"natural": Clean()}, digits(), examples=50).accuracy["natural"] == store.verdicts(alone(7), clean(store))["accuracy"]  # one epoch: the best is the last
