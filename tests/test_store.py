@@ -1,12 +1,26 @@
 "The store as a user meets it: parts of a table, damaged or deleted files."
 import csv
+import json
+import os
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
-from adaptive_at.core import UserError
+from adaptive_at.attacks import PGD
+from adaptive_at.core import UserError, write_json
+from adaptive_at.evaluation import Clean, evaluation
+from adaptive_at.methods import Training, at, daat
+from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
+from adaptive_at.runs import Store
+from adaptive_at.seals import END, FORMAT, Seal, checksum, seal
 from adaptive_at.tables import run
+from adaptive_at.training import Monitor, Run
+
+from helpers import digits
 
 SIZE = dict(preset="quick", device="cpu", epochs=2, train_examples=96, test_examples=20, figures="none")
 
@@ -54,3 +68,168 @@ def test_a_table_without_its_surrogate_s_row_leaves_the_column_out(tmp_path):
     results = run(table, **SIZE, columns="clean", outputs=str(tmp_path))
     assert list(results.frame.column) == ["natural"]
     with pytest.raises(UserError, match="made on the row 'Natural'"): run(table, **SIZE, columns="Non-Robust", outputs=str(tmp_path))
+
+
+# Damaged files. The run of seed 4 has its best epoch in the middle, so that neither of the two kept states holds those weights.
+
+def tiny(seed=4):
+    return Run("digits", digits().info.identity, NarrowResNet(width_factor=4), at(0.1, daat(0.1), steps=1), Training(epochs=4, batch=32, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 40), train_examples=96, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    "A store with two finished runs and one evaluation."
+    store = Store(tmp_path_factory.mktemp("kept"))
+    for seed in (4, 5): store.train(tiny(seed), digits(), tell=lambda line: None)
+    store.evaluate(tiny(), clean(store), digits())
+    assert store.history(tiny())[1]["test_robust"] == max(h["test_robust"] for h in store.history(tiny()))
+    return store
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    shutil.copytree(kept.root, tmp_path/"runs")
+    return Store(tmp_path/"runs")
+
+
+def clean(store, which="last"): return evaluation(Clean(), digits().info.identity, store.facts(tiny())["weights"][which], examples=50)
+
+
+def numbers_of(store):
+    "What must be equal, the seconds left out."
+    facts = store.facts(tiny())
+    return ([{k: v for k, v in h.items() if k != "seconds"} for h in store.history(tiny())], facts["weights"], facts["best"],
+            {k: v.tobytes() for k, v in store.radius(tiny()).items()}, *(fingerprint(store.model(tiny(), digits(), w)) for w in ("last", "best")))
+
+
+def resealed(path, **changes):
+    "Give a file another seal, with a right checksum."
+    content = path.read_bytes()
+    end = content.rfind(END)
+    path.write_bytes(content[:end + 20] + b"\0\0")
+    seal(path, replace(Seal(tiny().id, {"last": "state", "previous": "state", "best": "weights"}.get(path.stem, path.stem), 4), **changes))
+
+
+def truncated(path): path.write_bytes(path.read_bytes()[:-500])
+def cut_by_one(path): path.write_bytes(path.read_bytes()[:-1])
+def emptied(path): path.write_bytes(b"")
+def deleted(path): path.unlink()
+def swapped(path): shutil.copy(next(p for p in path.parent.parent.iterdir() if p.name.endswith(tiny(5).id))/path.name, path)
+def newer(path): resealed(path, format=FORMAT + 1)
+def foreign(path): path.write_text("not ours")
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("fault", [truncated, cut_by_one, emptied, deleted, swapped, newer, foreign, flipped])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_weights(name, fault, kept, copied):
+    path, said = copied.folder(tiny())/name, []
+    fault(path)
+    again = copied.model(tiny(), digits(), path.stem, tell=said.append)
+    assert fingerprint(again) == kept.facts(tiny())["weights"][path.stem]
+    assert said[0].startswith(f"{name} of {path.parent.name} ") and "\n" not in said[0]
+    assert fault is deleted or (f"set aside as {path.stem}.damaged" in said[0] and path.with_suffix(".damaged").exists())
+    assert ("continuing after epoch 3 of 4" in said) == (name == "last.pt") and any("starts again" in line for line in said) == (name == "best.pt")
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+def test_a_begun_run_goes_on_from_the_checkpoint_before(kept, tmp_path):
+    store, said = Store(tmp_path), []
+    def stop(line):
+        if line.startswith("epoch   3/4"): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): store.train(tiny(), digits(), tell=stop)
+    flipped(store.folder(tiny())/"last.pt")
+    assert store.train(tiny(), digits(), tell=said.append)
+    assert "its checksum differs; it is set aside as last.damaged" in said[0] and said[1] == "continuing after epoch 2 of 4"
+    assert numbers_of(store) == numbers_of(kept)
+
+
+def test_without_any_good_checkpoint_the_run_starts_again(kept, copied):
+    said = []
+    for name in ("last.pt", "previous.pt"): truncated(copied.folder(tiny())/name)
+    copied.model(tiny(), digits(), tell=said.append)
+    assert [line.partition(" of ")[0] for line in said[:2]] == ["last.pt", "previous.pt"] and said[2].endswith("the run starts again")
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+@pytest.mark.parametrize("fault", [truncated, emptied, deleted, swapped, newer, flipped])
+def test_a_damaged_bank_is_made_anew_without_training(fault, kept, copied):
+    fault(copied.folder(tiny())/"radius.npz")
+    with pytest.raises(UserError, match="^radius.npz of .* run the same command again") as caught: copied.radius(tiny())
+    assert "\n" not in str(caught.value)
+    said = []
+    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+def test_an_altered_history_is_written_anew(kept, copied):
+    path, said = copied.folder(tiny())/"history.csv", []
+    path.write_text(path.read_text().replace("4,", "5,", 1))
+    assert not copied.finished(tiny())
+    copied.train(tiny(), digits(), tell=said.append)
+    assert said[0].startswith("history.csv of ") and "made anew" in said[0] and numbers_of(copied) == numbers_of(kept)
+
+
+def test_an_altered_evaluation_gives_no_number(copied):
+    path, = copied.folder(tiny()).glob("evals/clean-*.json")
+    stored = json.loads(path.read_text())
+    right = stored["result"]["accuracy"]
+    path.write_text(path.read_text().replace(f'"accuracy": {right}', f'"accuracy": {right + 2}'))
+    with pytest.raises(UserError, match="checksum differs"): copied.verdicts(tiny(), clean(copied))
+    stored["result"]["accuracy"] += 2  # by someone who knows how to write checksums
+    del stored["sha256"]
+    write_json(path, stored | {"sha256": checksum(stored)})
+    with pytest.raises(UserError, match="contradict each other"): copied.evaluate(tiny(), clean(copied), digits())
+    path.unlink()
+    assert copied.evaluate(tiny(), clean(copied), digits())["accuracy"] == right
+
+
+@pytest.mark.parametrize("change", [{"run": {"piece": "os.system"}}, {"made with": [{"threads": 10**9}]}, {"made with": "rm"}, {"weights": {"last": "../../x"}}, {"weights": [1]}, {"best": "x"}, {"history": 3}],
+                         ids=lambda change: " ".join(f"{k} {v}" for k, v in change.items()))
+def test_a_spec_that_no_run_writes_is_refused(change, copied):
+    path = copied.folder(tiny())/"spec.json"
+    spec = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"} | change
+    write_json(path, spec | {"sha256": checksum(spec)})
+    with pytest.raises(UserError, match="spec.json .*; delete it and run the same command again") as caught: copied.train(tiny(), digits())
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_seals_are_read_as_they_are(kept, copied):
+    folder, said = copied.folder(tiny()), []
+    for path in folder.glob("*.[pn][tp]*"):
+        content = path.read_bytes()
+        path.write_bytes(content[:content.rfind(END) + 20] + b"\0\0")
+    for path in folder.rglob("*.json"): write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sha256", "history")})
+    (folder/"previous.pt").unlink()
+    assert numbers_of(copied) == numbers_of(kept) and copied.verdicts(tiny(), clean(copied))["n"] == 50
+    (folder/"history.csv").unlink()
+    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+# Nothing in a store is run as code
+
+class Payload:
+    "Touches a file when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("with_seal", [False, True])
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "radius.npz"])
+def test_a_malicious_file_is_refused_and_not_executed(name, with_seal, kept, copied, tmp_path):
+    path, trap, said = copied.folder(tiny())/name, tmp_path/"executed", []
+    if path.suffix == ".pt": torch.save({"model": {"w": Payload(trap)}, "epoch": 4}, path)
+    else:
+        with open(path, "wb") as f: np.savez(f, eps=np.array([Payload(trap)], dtype=object))
+    if with_seal: resealed(path)
+    if path.suffix == ".pt": copied.model(tiny(), digits(), path.stem, tell=said.append)
+    else:
+        with pytest.raises(UserError) as caught: copied.radius(tiny())
+        said.append(str(caught.value))
+        copied.train(tiny(), digits(), tell=said.append)
+    assert said[0].startswith(f"{name} of ") and "cannot be read as plain" in said[0] and not trap.exists()
+    assert numbers_of(copied) == numbers_of(kept) and not trap.exists()
