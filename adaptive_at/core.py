@@ -182,7 +182,7 @@ def write_text(path: str|Path, text: str) -> None:
 def read_json(path: str|Path) -> Any:
     "Read a JSON file of the store; a damaged one is one sentence."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise UserError(f'{path} is damaged and cannot be read; delete it and run the same command again, what it held is made anew.') from e
+    except (ValueError, RecursionError) as e: raise UserError(f'{path} is damaged and cannot be read; delete it and run the same command again, what it held is made anew.') from e
 
 
 def write_json(path: str|Path, value: Any) -> None:

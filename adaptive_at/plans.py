@@ -359,9 +359,9 @@ def passes(run: Run, info: DatasetInfo) -> int:
 
 
 def disk(run: Run, info: DatasetInfo) -> int:
-    "Bytes of a finished run: weights, momentum and the best weights, and the bank."
+    "Bytes of a finished run: weights and momentum of the last two epochs, the best weights, and the bank."
     weights = run.network.size(len(info.classes), info.shape[0])
-    return 3 * 4 * weights + 2 * info.n_train * min(run.training.epochs, 50)
+    return 5 * 4 * weights + 2 * info.n_train * min(run.training.epochs, 50)
 
 
 def spoken(seconds: float) -> str:
