@@ -135,9 +135,9 @@ def test_runs_are_shared_between_the_tables(tmp_path):
 
 
 def test_in_quick_the_tables_train_26_runs_in_all(tmp_path):
-    "30 epochs each; a fine-tuned row keeps its own rate and schedule."
+    "20 epochs each; a fine-tuned row keeps its own rate and schedule."
     runs = {r.id: r for n in range(1, 8) for r in (seeds[0] for seeds in block(n, tmp_path, preset="quick").runs.values())}
-    assert len(runs) == 26 and {r.training.epochs for r in runs.values()} == {30}
+    assert len(runs) == 26 and {r.training.epochs for r in runs.values()} == {20}
     tuned = [r for r in runs.values() if r.start]
     assert len(tuned) == 10 and {r.training.lr for r in tuned} == {0.01} and {r.training.lr for r in runs.values() if not r.start} == {0.1}
     assert {r.training.schedule for r in tuned} == {FINE_TUNE.schedule, FINE_TUNE_MNIST.schedule}
