@@ -146,7 +146,7 @@ def test_a_page_in_a_browser(site, browser, page, size):
 @pytest.mark.parametrize("word, page", [("DAAT", "papers/daat.html"), ("pgd", "library/attacks.html")])
 def test_search_finds(site, browser, word, page, size):
     browser.open(f"{(site / 'search.html').as_uri()}?q={word}", size)
-    until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)))
+    until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)), f"{word} in the search")
     assert browser.errors() == [] and browser.sideways() == []
 
 
