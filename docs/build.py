@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from html.parser import HTMLParser
@@ -97,11 +97,12 @@ def notebooks(root: Path = root) -> list[Notebook]:
 
 # --- execution -----------------------------------------------------------------------------------------------------------------------
 
-def execute(path: Path, into: Path) -> None:
-    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows."
+def execute(path: Path, into: Path) -> float:
+    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows; the processor's seconds that it took."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     multiprocessing.set_start_method(None, force=True)  # the notebook's own processes begin as everywhere, not as this one did
+    began = time.process_time()
     os.chdir(path.parent)
     nb = read_nb(path)
     shell = CaptureShell(path)
@@ -113,6 +114,7 @@ def execute(path: Path, into: Path) -> None:
     part = into.with_suffix(".part")
     write_nb(nb, part)
     part.replace(into)
+    return time.process_time() - began
 
 
 def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
@@ -129,8 +131,10 @@ def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
     context = multiprocessing.get_context("forkserver")  # a fresh process for each, with torch imported once
     context.set_forkserver_preload(["torch", "matplotlib.pyplot", "pandas", "execnb.shell"])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context, max_tasks_per_child=1) as pool:
-        jobs = {b.name: pool.submit(execute, b.path, found[b.name]) for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
-        for name, job in jobs.items(): job.result()
+        names = {pool.submit(execute, b.path, found[b.name]): b.name for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
+        try: took = {names[job]: job.result() for job in as_completed(names)}
+        except BaseException: pool.shutdown(cancel_futures=True); raise
+    if took: print(f"{len(took)} notebooks executed, {sum(took.values()):.0f} s of processor time; the longest: " + ", ".join(f"{n} {took[n]:.0f} s" for n in sorted(took, key=took.get)[:-5:-1]))
     return found
 
 
@@ -418,7 +422,7 @@ def build(out: Path) -> None:
     began = time.time()
     books = notebooks()
     found = executed(books, out / "executed")
-    print(f"notebooks executed ({time.time() - began:.0f} s)")
+    print(f"notebooks ready ({time.time() - began:.0f} s)", flush=True)
     for folder in ("source", "html"): shutil.rmtree(out / folder, ignore_errors=True)
     Site(books, found, out / "source").write()
     draw(out / "source" / "papers")
