@@ -97,6 +97,13 @@ def test_ways_of_writing(tmp_path):
     }.items(): assert site.linked(written, radius) == read
 
 
+def test_no_table_is_left_as_text(site):
+    "A delimiter row with a column too many makes a paragraph of a Markdown table, here and on GitHub."
+    for page in site.rglob("*.html"): assert not re.search(r"<p>\s*\|", page.read_text()), page.name
+    for line, below in zip(lines := (ROOT / "README.md").read_text().split("\n"), lines[1:]):
+        if re.fullmatch(r"(\|-+)+\|", below): assert line.count("|") == below.count("|"), line
+
+
 # --- links
 
 def test_no_broken_link_and_nothing_from_outside(site):
