@@ -70,8 +70,9 @@ def frontier(results, block):
     "Natural against AA accuracy of the table's rows."
     points = []
     for row in STUDIED:
-        point = {'row': row, 'paper': FAMILIES.get(row, 'baselines'), 'cost': cost(block.runs[row][0])}
+        run = block.runs[row][0]
+        point = {'row': row, 'paper': FAMILIES.get(row, 'baselines'), 'cost': cost(run), 'run': run.id}
         for name in ('natural', 'AA'): point |= dict(zip((name, f'{name}_low', f'{name}_high'), results.interval(block, row, name)))
         points.append(point)
     frame = pd.DataFrame(points)
-    return draw(frame.assign(front=front(frame.natural.to_numpy(), frame.AA.to_numpy())), '{}')
+    return draw(frame.assign(front=front(frame.natural.to_numpy(), frame.AA.to_numpy())), dict(zip(frame.run, frame.row)), '{}')
