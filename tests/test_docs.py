@@ -74,6 +74,17 @@ def test_a_table_that_was_not_executed_says_so_and_how(tmp_path):
     assert "Not executed yet" not in "\n".join(c.source for c in build.Site(books, found, tmp_path).page(book).cells)
 
 
+def test_a_figure_not_asked_for_is_the_one_an_earlier_run_drew(tmp_path):
+    books = build.notebooks()
+    book, site = next(b for b in books if b.name == "table1_daat"), build.Site(books, {}, tmp_path)
+    path, told = tmp_path / "table1_daat.ipynb", [{"output_type": "stream", "name": "stdout", "text": "fig2: not asked for (figures is 'main')\n"}]
+    path.write_text(json.dumps({"metadata": {"papermill": {"parameters": {"preset": "quick"}}}}))
+    assert site.drawn(book, path, told) == told
+    (picture := tmp_path / "table1_daat" / "quick" / "fig2.png").parent.mkdir(parents=True)
+    picture.write_bytes(b"a picture")
+    assert [o.get("data", {}).get("image/png") for o in site.drawn(book, path, told)] == [None, "YSBwaWN0dXJl"]
+
+
 @pytest.mark.parametrize("facts, done", [(None, True), ({"exception": None, "duration": 3.}, True), ({"exception": True, "duration": 3.}, False), ({"exception": None, "duration": None}, False)])
 def test_a_notebook_that_failed_or_was_killed_is_not_an_executed_one(tmp_path, facts, done):
     path = tmp_path / "x.ipynb"
