@@ -164,6 +164,7 @@ def success(
 class Scheduled(RadiusRule):
     "The same radius for every example, moving with the epochs."
     eps: float|Ramp|Milestones  # resolved by `in_epoch`
+    adaptive = False
 
     def bank(self, setting, key=0): return Bank(setting.n, 0., setting.device)
 
