@@ -86,6 +86,7 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
     if result.get('top_class_share', 0) > 0.9: told.append(f"collapsed: {100 * result['top_class_share']:.0f}% of the predictions are one class")
     if not result.get('finite', True): told.append('logits are not finite')
     if result.get('zero_gradients', 0) > 0.1: told.append(f"zero gradients at {100 * result['zero_gradients']:.0f}% of the images: the attack cannot climb")
+    if result.get('randomised', 0) > 0.01: told.append(f"randomised: {100 * result['randomised']:.0f}% of the images get other logits when the model is asked again, and the attack follows only one of its answers")
     for name, pgd in self._white_box(block, row, column, which):
         if isinstance(attacked, AutoAttack) and clearly(pgd, result, 8): told.append(f'AA far below {name}, which overestimates the robustness')
         if isinstance(attacked, Transfer) and clearly(pgd, result, 0): told.append(f'black-box beats white-box, so {name} overestimates the robustness')
