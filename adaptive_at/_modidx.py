@@ -244,6 +244,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                  'adaptive_at.dra.DRA': ('dra.html#dra', 'adaptive_at/dra.py'),
                                  'adaptive_at.dra.DRA.__call__': ('dra.html#dra.__call__', 'adaptive_at/dra.py'),
                                  'adaptive_at.dra.DRA.__post_init__': ('dra.html#dra.__post_init__', 'adaptive_at/dra.py'),
+                                 'adaptive_at.dra.DRA.distance': ('dra.html#dra.distance', 'adaptive_at/dra.py'),
                                  'adaptive_at.dra.HalfAndHalf': ('dra.html#halfandhalf', 'adaptive_at/dra.py'),
                                  'adaptive_at.dra.HalfAndHalf.losses': ('dra.html#halfandhalf.losses', 'adaptive_at/dra.py'),
                                  'adaptive_at.dra.Replay': ('dra.html#replay', 'adaptive_at/dra.py'),

@@ -94,7 +94,7 @@ class WhiteBox(Column):
 
     def batch(self, model, x, y, noise, source):
         x_adv, standing = restarted(self.attack, model, x, y, self.eps, noise, self.restarts)
-        verified(x_adv, x, self.eps, type(self.attack).__name__)
+        verified(x_adv, x, self.eps, self.attack, model)
         return standing
 
 
@@ -113,22 +113,29 @@ class Transfer(Column):
         standing = torch.ones_like(y, dtype=torch.bool)
         for r in range(self.restarts):
             x_adv = self.attack(source, x.clone(), y.clone(), self.eps, noise.of('restart', r))
-            verified(x_adv, x, self.eps, type(self.attack).__name__)
+            verified(x_adv, x, self.eps, self.attack, source)
             standing &= model(x_adv).argmax(1) == y
         return standing
 
 
 def verified(
-    x_adv: Tensor,   # what an attack returned
-    x: Tensor,       # for these images
-    eps: float,      # l_inf radius
-    attack: str      # its name, for the message
+    x_adv: Tensor,      # what an attack returned
+    x: Tensor,          # for these images
+    eps: float,         # radius
+    attack: PGD,        # its ball is the l_inf one, unless it has a `distance` of its own
+    model: nn.Module    # that it climbed on
 ) -> None:
-    "Refuse adversaries outside the ball or the range, in fp32; whether they fool the model is never the attack's word, but a pass of its own."
-    if x_adv.shape != x.shape or x_adv.dtype != x.dtype: raise UserError(f'{attack} returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}; nothing is counted.')
-    far, low, high = torch.stack([(x_adv - x).abs().amax(), x_adv.amin(), x_adv.amax()]).tolist() if len(x) else (0., 0., 1.)
-    if not (far <= eps + 1e-6 and low >= 0 and high <= 1):  # not a number is neither
-        raise UserError(f'{attack} returned images up to {far:.4g} from their own, in the range {low:.4g} to {high:.4g}, where eps is {eps:.4g} and the range 0 to 1; such adversaries are not counted, and the attack has to be mended.')
+    "Refuse adversaries outside the ball or the range, in fp32. Whether they fool the model is never the attack's word, but a pass of its own."
+    name = type(attack).__name__
+    if x_adv.shape != x.shape or x_adv.dtype != x.dtype: raise UserError(f'{name} returned {tuple(x_adv.shape)} {x_adv.dtype} for images {tuple(x.shape)} {x.dtype}; nothing is counted.')
+    if not x_adv.isfinite().all():
+        able = model(x).isfinite().all(1)  # a model that answers with no number gives an attack nothing to climb on
+        x_adv, x = x_adv[able], x[able]
+    if not len(x): return
+    distance = getattr(attack, 'distance', lambda change: change.abs().flatten(1).amax(1))
+    far, low, high = torch.stack([distance(x_adv - x).amax(), x_adv.amin(), x_adv.amax()]).tolist()
+    if not (far <= eps + 1e-6 and low >= 0 and high <= 1):  # what is no number is neither
+        raise UserError(f'{name} returned images up to {far:.4g} from their own, in the range {low:.4g} to {high:.4g}, where eps is {eps:.4g} and the range 0 to 1; such adversaries are not counted, and the attack has to be mended.')
 
 # %% ../nbs/75_evaluation.ipynb #07d73998
 @dataclass(frozen=True)

@@ -309,6 +309,7 @@ class Store:
         stored = read_sealed(path)
         if stored.get('evaluation') != describe(e) or not consistent(stored.get('result')):
             raise UserError(f'{path} is of another evaluation, or its numbers contradict each other; delete it and run the same command again, it is made anew.')
+        with suppress(OSError): path.with_suffix('.part.json').unlink()  # by a process that was killed just before it removed it
         return stored['result']
 
     def evaluate(self,
@@ -333,7 +334,6 @@ class Store:
                     result = evaluate(e, model, data, source, self._progress(part, e, tell), lambda progress: write_sealed(part, {'of': e.id, 'progress': progress}))
                     write_sealed(path, {'evaluation': describe(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
                                         'made with': versions() | {'device': hardware(device), 'threads': n}})
-                    part.unlink(missing_ok=True)
         return self.verdicts(run, e)
 
     def _progress(self, part: Path, e: Evaluation, tell: Callable[[str], None]) -> dict|None:

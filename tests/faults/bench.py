@@ -1,7 +1,5 @@
 "A tiny table of eight methods, and processes that run it: forked from one that has imported everything, so that a kill costs a fraction of a second."
 import contextlib
-import csv
-import json
 import mmap
 import os
 import random
@@ -14,9 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
-import torch
-
 from adaptive_at import networks, plans, runs, tables
 from adaptive_at.cat import cat
 from adaptive_at.core import UserError
@@ -28,7 +23,7 @@ from adaptive_at.plans import PRESETS, Row
 from adaptive_at.runs import Store
 from adaptive_at.saat import saat_up
 from adaptive_at.weights import AT_AWP
-from helpers import OneLayer
+from helpers import OneLayer, contents
 
 METHODS = ["DAAT", "DAAT-TRADES", "MART", "FAT", "SAAT_up with AWP", "IAAT", "CAT", "DRA"]   # and Natural, which DRA starts from
 COLUMNS = ["natural", "PGD-20", "AA", "transfer"]
@@ -69,28 +64,6 @@ def parameters(outputs, *methods): return SIZE | {"rows": ",".join(methods), "ou
 
 
 # What a store holds
-
-def plain(value):
-    "Nested tensors as comparable values; the seconds, which nobody can repeat, left out."
-    if torch.is_tensor(value): return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k != "seconds"}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
-    return value
-
-
-def contents(outputs):
-    "All results under `outputs`: file -> what must be equal."
-    found = {}
-    for path in sorted(Path(outputs).rglob("*")):
-        name = path.relative_to(outputs).as_posix()
-        if path.suffix == ".pt": found[name] = plain(torch.load(path, weights_only=True))
-        if path.suffix == ".npz":
-            with np.load(path) as arrays: found[name] = {k: (v.dtype.str, v.shape, v.tobytes()) for k, v in arrays.items()}
-        if path.name == "history.csv": found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open(newline=""))]
-        if path.suffix == ".json": found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("made with", "seconds", "sha256", "history")}  # the last two are checksums that cover seconds
-        if path.name == "table.csv": found[name] = path.read_text()
-    return found
-
 
 def differences(found, expected):
     "File by file, in words."

@@ -66,7 +66,7 @@ class Bases:
         outputs = self.folder/"trial"
         shutil.rmtree(outputs, ignore_errors=True)
         Process(self.logs, table_of(outputs, METHOD), Kill("after", n)).wait()
-        if not all(list(outputs.glob(f"runs/*/{f}")) for f in files): return False
+        if not all(list(outputs.glob(f"runs/*daat*/{f}")) for f in files): return False
         outputs.rename(self.folder/name)
         return True
 
