@@ -99,7 +99,9 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
 @patch
 def concerns(self:Results, run: Run) -> list[str]:
     "What is to be known of a run's training; read once."
-    if run.id not in self.concerned: self.concerned[run.id] = concerns(run, self.plan.store.history(run))
+    if run.id not in self.concerned:
+        devices = list(dict.fromkeys(str(m.get('device')) for m in self.plan.store.facts(run).get('made with', [])))
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'continued on another device ({", then ".join(devices)})'] * (len(devices) > 1)
     return self.concerned[run.id]
 
 

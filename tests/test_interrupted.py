@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -29,6 +31,8 @@ from adaptive_at.training import Diverged, Monitor, Run, State, concerns, train
 from adaptive_at.workers import side_by_side
 from fingerprints import METHODS
 from helpers import OneLayer, digits, random_data, robust_digits
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def equal(a, b):
@@ -355,3 +359,21 @@ def test_a_state_that_is_spoilt_is_not_saved_inside_an_epoch(tmp_path, monkeypat
     store.train(spec(), digits(), tell=lambda line: None)
     within = torch.load(store.folder(spec())/"within.pt", weights_only=True)
     assert (within["epoch"], within["batch"]) == (1, 1) and "diverged" in store.facts(spec())
+
+
+# A notebook
+
+def test_an_interrupted_notebook_is_one_sentence(tmp_path):
+    told = dict(preset="quick", device="cpu", rows="DAAT", columns="clean", figures="none", epochs=400, train_examples=256, test_examples=20)
+    command = [sys.executable, "-m", "papermill", ROOT/"nbs"/"table1_daat.ipynb", "out.ipynb", "--no-progress-bar", *(part for k, v in told.items() for part in ("-p", k, str(v)))]
+    papermill = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("outputs/runs/*/history.csv")) and papermill.poll() is None: time.sleep(0.02)
+    kernel, = psutil.Process(papermill.pid).children()
+    kernel.send_signal(signal.SIGINT)   # what a cluster's queue is to send
+    said = papermill.communicate(timeout=120)[1]
+    assert papermill.returncode != 0
+    cells = json.loads((tmp_path/"out.ipynb").read_text())["cells"]
+    error, = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+    sentence, = error["traceback"]
+    assert re.fullmatch(r"stopped; run the same command again, digits-\S+ goes on after (batch 1 of )?epoch \d+ of 400", sentence), sentence
+    assert said.rstrip().endswith(sentence)

@@ -1,9 +1,14 @@
 "The campaign in short; `python -m tests.faults --kills 50` is the whole of it."
 
+import resource
+import signal
+
 import pytest
 
+from helpers import contents
+
 from . import damage, kills, notebooks
-from .bench import METHODS, tiny
+from .bench import METHODS, Process, differences, reference, table_of, tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,6 +33,21 @@ def test_four_processes_share_an_empty_store(tmp_path):
     wrong, said = kills.shared(tmp_path)
     print(said)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", [3_000, 12_000, 40_000])
+def test_a_full_disk_stops_cleanly_and_more_room_mends_it(room, tmp_path):
+    "Files that cannot grow: no larger than this many bytes."
+    def cramped():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        table_of(tmp_path/"outputs", "DAAT")()
+    log = tmp_path/"log"
+    assert Process(log, cramped).wait() == 1
+    refusal = log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text() and refusal.startswith("refused: ") and "could not be written" in refusal and "free some space" in refusal
+    assert Process(log, table_of(tmp_path/"outputs", "DAAT")).wait() == 0
+    assert not differences(contents(tmp_path/"outputs"), reference("DAAT", tmp_path/"whole").contents) and not list(tmp_path.rglob(".*.part"))
 
 
 def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
