@@ -328,6 +328,7 @@ class Store:
             with locked(path.with_suffix('.lock'), tell, wait), threads(run.network.threads) as n:
                 if not path.exists():
                     began = time.perf_counter()
+                    for left in path.parent.glob(f'.{path.stem}.*.part'): left.unlink()  # by a process that was killed
                     model = self.model(run, data, which, device, tell)
                     if fingerprint(model) != e.weights: raise UserError(f'{self.folder(run).name}: {which}.pt holds other weights than {e.weights}, which the evaluation is of; run the same command again to evaluate those that are there.')
                     part = path.with_suffix('.part.json')

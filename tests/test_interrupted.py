@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
+import psutil
 import pytest
 import torch
 
