@@ -1,5 +1,6 @@
 "Build the site under docs/_build/html: execute the notebooks that have no executed copy in outputs/, write the pages, call Sphinx, check all links."
 import argparse
+import base64
 import hashlib
 import inspect
 import json
@@ -9,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from html.parser import HTMLParser
@@ -32,6 +33,7 @@ matplotlib.use("Agg")
 from pictures import draw
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PARTS = ("the table", "claims", "what would change the numbers", "provenance")  # of a table's notebook, below its code
 PAPERS = {"daat": "DAAT", "saat": "SAAT", "iaat": "IAAT", "cat": "CAT", "dra": "DRA"}
 
 
@@ -97,11 +99,12 @@ def notebooks(root: Path = root) -> list[Notebook]:
 
 # --- execution -----------------------------------------------------------------------------------------------------------------------
 
-def execute(path: Path, into: Path) -> None:
-    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows."
+def execute(path: Path, into: Path) -> float:
+    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows; the processor's seconds that it took."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     multiprocessing.set_start_method(None, force=True)  # the notebook's own processes begin as everywhere, not as this one did
+    began = time.process_time()
     os.chdir(path.parent)
     nb = read_nb(path)
     shell = CaptureShell(path)
@@ -113,6 +116,7 @@ def execute(path: Path, into: Path) -> None:
     part = into.with_suffix(".part")
     write_nb(nb, part)
     part.replace(into)
+    return time.process_time() - began
 
 
 def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
@@ -129,8 +133,10 @@ def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
     context = multiprocessing.get_context("forkserver")  # a fresh process for each, with torch imported once
     context.set_forkserver_preload(["torch", "matplotlib.pyplot", "pandas", "execnb.shell"])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context, max_tasks_per_child=1) as pool:
-        jobs = {b.name: pool.submit(execute, b.path, found[b.name]) for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
-        for name, job in jobs.items(): job.result()
+        names = {pool.submit(execute, b.path, found[b.name]): b.name for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
+        try: took = {names[job]: job.result() for job in as_completed(names)}
+        except BaseException: pool.shutdown(cancel_futures=True); raise
+    if took: print(f"{len(took)} notebooks executed, {sum(took.values()):.0f} s of processor time; the longest: " + ", ".join(f"{n} {took[n]:.0f} s" for n in sorted(took, key=took.get)[:-5:-1]))
     return found
 
 
@@ -276,9 +282,9 @@ class Site:
             if lesson and (names := [n for n in defined(cell.source) if n not in shown]): cells.append(self._api(book, names, level))
             if not cell.source.strip() and not cell.get("outputs"): continue
             outputs = json.loads(json.dumps(cell.get("outputs", [])))
-            live = [o for o in outputs if WIDGET in o.get("data", {})]  # controls need a kernel; nothing of them is on the page
+            live = any(WIDGET in o.get("data", {}) for o in outputs)  # controls need a kernel; nothing of them is on the page
             new = nbformat.from_dict({"cell_type": "code", "id": cell.get("id") or "x", "source": cell.source, "execution_count": None,
-                                      "metadata": {"tags": ["hide-input"] if lesson else []}, "outputs": [o for o in outputs if o not in live]})
+                                      "metadata": {"tags": ["hide-input"] if lesson else []}, "outputs": [] if live else self.drawn(book, path, outputs)})
             cells.append(new)
             if live: cells.append(nbformat.v4.new_markdown_cell(":::{note}\nThe controls are live in Jupyter: open this notebook there.\n:::"))
         if book.name == "index": cells.append(nbformat.v4.new_markdown_cell(self.contents()))
@@ -287,6 +293,17 @@ class Site:
 
     def _api(self, book: Notebook, names: list[str], level: int):
         return nbformat.v4.new_markdown_cell(self.linked("\n\n".join(described(book.module, n, level + 1) for n in names), book))
+
+    def drawn(self, book: Notebook, path: Path, outputs: list[dict]) -> list[dict]:
+        "A cell's outputs; a figure that this run was not asked for is the one that an earlier run left in outputs/."
+        shown = []
+        for o in outputs:
+            asked = re.match(r"(fig\w+): not asked for", "".join(o.get("text", "")))
+            picture = asked and path.parent / book.name / noted(path).get("parameters", {}).get("preset", "") / f"{asked[1]}.png"
+            if not picture or not picture.exists(): shown.append(o); continue
+            shown += [o | {"text": f"{asked[1]}: as an earlier run with -p figures all drew it\n"},
+                      {"output_type": "display_data", "metadata": {}, "data": {"image/png": base64.b64encode(picture.read_bytes()).decode()}}]
+        return shown
 
     def notes(self, book: Notebook, path: Path) -> list[str]:
         "What stands below a page's title: where it comes from, and what was run."
@@ -299,6 +316,7 @@ class Site:
             if done := ran(path): facts.append(done)
         shutil.copy(book.path, self.source / "notebooks" / book.path.name)
         notes = ["{.provenance}\n" + " · ".join(facts)]
+        if made and book.paper: notes[0] += "\\\nGo to " + " · ".join(f"[{p}](#{p.replace(' ', '-')})" for p in PARTS)
         if book.section == "tables" and not made:
             notes.append(f":::{{admonition}} Not executed yet\n:class: note\nThis page shows the notebook as it is in the repository, without results. This command makes them, on digits within minutes:\n\n"
                          f"```bash\npapermill nbs/{book.path.name} outputs/{book.path.name} -p preset quick\n```\n:::")
@@ -321,8 +339,8 @@ class Site:
         "A paper's tables and whether they were executed; without a paper, what compares them all."
         books = [b for b in self.of("tables") if b.paper == paper]
         if not books: return "None of its tables has a notebook yet."
-        lines = [f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} | {', '.join(b.figures)} | {ran(self.found[b.name]) if b.name in self.found else 'not executed yet'} |" for b in books]
-        return "\n".join(["| table | what it shows | figures | here |", "| --- | --- | --- | --- |", *lines])
+        lines = [f"| [{b.head[0]}](/{b.page}.ipynb) | {b.head[1].replace('|', '&#124;')} | {', '.join(b.figures).replace('Fig. ', '')} | {ran(self.found[b.name]).replace('executed ', '').replace('preset ', '') if b.name in self.found else 'not yet'} |" for b in books]
+        return "\n".join(["| table | what it shows | figures | executed |", "| --- | --- | --- | --- |", *lines])
 
     def paper(self, page: Path) -> str:
         "A page of docs/papers with what it asks for: its picture, its tables, links to modules."
@@ -418,7 +436,7 @@ def build(out: Path) -> None:
     began = time.time()
     books = notebooks()
     found = executed(books, out / "executed")
-    print(f"notebooks executed ({time.time() - began:.0f} s)")
+    print(f"notebooks ready ({time.time() - began:.0f} s)", flush=True)
     for folder in ("source", "html"): shutil.rmtree(out / folder, ignore_errors=True)
     Site(books, found, out / "source").write()
     draw(out / "source" / "papers")

@@ -97,6 +97,13 @@ def test_ways_of_writing(tmp_path):
     }.items(): assert site.linked(written, radius) == read
 
 
+def test_no_table_is_left_as_text(site):
+    "A delimiter row with a column too many makes a paragraph of a Markdown table, here and on GitHub."
+    for page in site.rglob("*.html"): assert not re.search(r"<p>\s*\|", page.read_text()), page.name
+    for line, below in zip(lines := (ROOT / "README.md").read_text().split("\n"), lines[1:]):
+        if re.fullmatch(r"(\|-+)+\|", below): assert line.count("|") == below.count("|"), line
+
+
 # --- links
 
 def test_no_broken_link_and_nothing_from_outside(site):
@@ -146,7 +153,7 @@ def test_a_page_in_a_browser(site, browser, page, size):
 @pytest.mark.parametrize("word, page", [("DAAT", "papers/daat.html"), ("pgd", "library/attacks.html")])
 def test_search_finds(site, browser, word, page, size):
     browser.open(f"{(site / 'search.html').as_uri()}?q={word}", size)
-    until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)))
+    until(lambda: browser.js("[...document.querySelectorAll('#search-results li a')].some(a => a.href.split(/[?#]/)[0].endsWith(%s))" % json.dumps(page)), f"{word} in the search")
     assert browser.errors() == [] and browser.sideways() == []
 
 
