@@ -75,6 +75,10 @@ class DRA:
         if not 0 <= self.p <= 1: raise ValueError(f'p is {self.p}; give a share from 0 to 1')
         if self.rank not in ('last', 'end'): raise ValueError(f'rank is {self.rank!r}; choose last or end')
 
+    def distance(self, change: Tensor) -> Tensor:
+        "What eps is the most of: the mean change of a value [B]."
+        return change.abs().flatten(1).mean(1)
+
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
         x: Tensor,                # clean images, in [0,1]
@@ -164,6 +168,7 @@ def success(
 class Scheduled(RadiusRule):
     "The same radius for every example, moving with the epochs."
     eps: float|Ramp|Milestones  # resolved by `in_epoch`
+    adaptive = False
 
     def bank(self, setting, key=0): return Bank(setting.n, 0., setting.device)
 

@@ -32,7 +32,9 @@ def export(folder: Path, file: Path) -> None:
     tensors |= {f'bank/{k}': torch.from_numpy(v) for k, v in read_arrays(folder/'radius.npz', s.id).items()}
     evaluations = {p.name: read_sealed(p) for p in sorted((folder/'evals').glob('*-????????????.json'))}
     told = {'folder': folder.name, 'spec': s.facts, 'history': (folder/'history.csv').read_text(encoding='utf-8'), 'evaluations': evaluations}
-    with replacing(file) as part: save_file(tensors, part, {'adaptive_at': str(FORMAT)} | {k: json.dumps(v) for k, v in told.items()} | {'sha256': checksum(told)})
+    try:
+        with replacing(file) as part: save_file(tensors, part, {'adaptive_at': str(FORMAT)} | {k: json.dumps(v) for k, v in told.items()} | {'sha256': checksum(told)})
+    except SafetensorError as e: raise UserError(f'{file} could not be written ({e}); free some space or choose another place.') from e
 
 # %% ../nbs/93_exports.ipynb #4681e030
 @dataclass(frozen=True)

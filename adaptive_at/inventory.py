@@ -11,8 +11,7 @@ import csv, importlib, io, re, shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from filelock import FileLock, Timeout
-from .core import UserError, describe, digest
+from .core import Busy, UserError, describe, digest, locked
 from .networks import NETWORKS
 from .parameters import COMMON, TABLES, Parameters, about
 from .plans import PRESETS, Plan, Session
@@ -197,7 +196,7 @@ def damages(s: Stored) -> list[str]:
     "What is wrong with a run's files, a sentence each."
     if s.problem: return [s.problem]
     found, weights, folder = [], s.facts.get('weights', {}), s.folder
-    for name, holds in (('last.pt', ('state', 'weights')), ('previous.pt', ('state',)), ('best.pt', ('weights',))):
+    for name, holds in (('last.pt', ('state', 'weights')), ('previous.pt', ('state',)), ('within.pt', ('part',)), ('best.pt', ('weights',))):
         path = folder/name
         if not path.exists() and not (s.finished and path.stem in weights): continue
         try:
@@ -225,7 +224,7 @@ def _agree(saved: list[dict], history: list[dict]) -> bool:
 def remove(s: Stored) -> bool:
     "Remove a run, unless a process works on it."
     try:
-        with FileLock(s.folder/'lock', timeout=0): shutil.rmtree(s.folder)
-    except Timeout: return False
+        with locked(s.folder/'lock', wait=False): shutil.rmtree(s.folder)
+    except Busy: return False
     except OSError as e: raise UserError(f'{s.folder} could not be removed ({e.strerror}).') from e
     return True

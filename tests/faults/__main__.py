@@ -1,0 +1,49 @@
+"python -m tests.faults --kills 50: the whole campaign; the exit code says whether anything was lost or wrong."
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from . import damage, kills, notebooks   # noqa: E402
+from .bench import tiny   # noqa: E402
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.partition(": ")[2])
+    parser.add_argument("--kills", type=int, default=50, help="processes to kill (default 50)")
+    parser.add_argument("--damages", type=int, default=len(damage.CASES), help=f"files to damage (default and at most {len(damage.CASES)})")
+    parser.add_argument("--processes", type=int, default=4, help="that share an empty store (default 4)")
+    parser.add_argument("--notebooks", action="store_true", help="also a bad value in every table notebook, through papermill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="only the figures")
+    told = parser.parse_args(arguments)
+    tell = (lambda line: None) if told.quiet else lambda line: print(line, flush=True)
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder, tiny():
+        for name in ("kills", "damages", "shared"): (Path(folder)/name).mkdir()
+        if told.kills:
+            found = kills.campaign(Path(folder)/"kills", told.kills, told.seed, tell=tell)
+            wrong += found.wrong + ["fewer kills landed than were asked for"] * (found.landed < told.kills)
+            print(found, flush=True)
+        if told.damages:
+            cases = sorted(random.Random(told.seed).sample(damage.CASES, min(told.damages, len(damage.CASES))), key=damage.CASES.index)
+            found = damage.campaign(Path(folder)/"damages", cases, told.seed, tell)
+            wrong += found.wrong
+            print(found, flush=True)
+        if told.processes:
+            problems, text = kills.shared(Path(folder)/"shared", told.processes)
+            wrong += problems
+            print("\n  ".join([text if not problems else f"{told.processes} processes on an empty store:", *problems]), flush=True)
+    if told.notebooks:
+        problems = notebooks.campaign(tell)
+        wrong += problems
+        print("\n  ".join([f"{len(notebooks.BAD)} notebooks with a bad value through papermill: {len(problems)} without a sentence and an exit code", *problems]))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,72 @@
+"The campaign in short; `python -m tests.faults --kills 50` is the whole of it."
+
+import resource
+import signal
+
+import pytest
+
+from helpers import contents
+
+from . import damage, kills, notebooks
+from .bench import METHODS, Process, differences, reference, table_of, tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with tiny(): yield
+
+
+def test_killed_processes_end_as_if_nothing_had_happened(tmp_path):
+    found = kills.campaign(tmp_path, 14, seed=1)
+    print(found)
+    assert not found.wrong and found.landed == 14 and len(found.methods) >= 6 and {"training", "checkpointing"} <= set(found.phases)
+
+
+def test_damaged_files_never_give_another_number(tmp_path):
+    cases = [case for i, case in enumerate(damage.CASES) if i % 4 == 1]   # each file, and each fault
+    found = damage.campaign(tmp_path, cases, seed=1)
+    print(found)
+    assert not found.wrong and sum(found.outcomes.values()) == len(cases) >= 20
+
+
+def test_four_processes_share_an_empty_store(tmp_path):
+    wrong, said = kills.shared(tmp_path)
+    print(said)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("room", [3_000, 12_000, 40_000])
+def test_a_full_disk_stops_cleanly_and_more_room_mends_it(room, tmp_path):
+    "Files that cannot grow: no larger than this many bytes."
+    def cramped():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        table_of(tmp_path/"outputs", "DAAT")()
+    log = tmp_path/"log"
+    assert Process(log, cramped).wait() == 1
+    refusal = log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text() and refusal.startswith("refused: ") and "could not be written" in refusal and "free some space" in refusal
+    assert Process(log, table_of(tmp_path/"outputs", "DAAT")).wait() == 0
+    assert not differences(contents(tmp_path/"outputs"), reference("DAAT", tmp_path/"whole").contents) and not list(tmp_path.rglob(".*.part"))
+
+
+def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
+    "A resumed run that forgets its radii."
+    from adaptive_at.radius import Bank
+    from adaptive_at.training import State
+    whole = State.load_state_dict
+    def forgetful(self, saved):
+        whole(self, saved)
+        self.bank.eps.fill_(0.1)
+    monkeypatch.setattr(State, "load_state_dict", forgetful)
+    found = kills.campaign(tmp_path, 3, seed=2, methods=["DAAT"])
+    assert found.wrong and all("differs" in text for text in found.wrong)
+
+
+def test_the_table_names_its_methods():
+    assert len(METHODS) >= 6 and len(damage.CASES) >= 40 and set(notebooks.BAD) == set(notebooks.TABLES)
+
+
+def test_every_notebook_refuses_a_bad_value(tmp_path, monkeypatch):
+    wrong = notebooks.refused(monkeypatch, tmp_path)
+    assert not wrong, "\n".join(wrong)
