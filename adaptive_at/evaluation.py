@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 import torch
 from torch import nn, Tensor
 from .attacks import CrossEntropy, PGD, gradient, restarted
 from .core import digest
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
-from .networks import frozen, in_mode
+from .networks import folded, frozen, in_mode
 from .streams import Noise, key
 
 # %% ../nbs/75_evaluation.ipynb #591d7e8d
@@ -109,6 +110,8 @@ class Transfer(Column):
 @dataclass(frozen=True)
 class AutoAttack(Column):
     "AutoAttack, standard version, l_inf (Croce and Hein, 2020; pyautoattack)."
+    version: ClassVar[int] = 2  # 2: the attacks see batch norms folded into convolutions
+
     eps: float
     limit: int = 0        # the first examples only; 0: all
     batch_size: int = 200
@@ -142,7 +145,7 @@ class AutoAttack(Column):
                     i = parts[b]
                     if not len(i): continue
                     run[names[a]].seed = seed
-                    x_adv = run[names[a]].perturb(x[i].clone(), y[i].clone())
+                    with folded(model): x_adv = run[names[a]].perturb(x[i].clone(), y[i].clone())  # an eighth faster; the verdict is the model's own
                     standing[i] = standing[i] & (model(x_adv).argmax(1) == y[i])
                     save({'attack': a, 'batch': b + 1, 'start': pack(start), 'standing': pack(standing)})
                 start = standing.clone()

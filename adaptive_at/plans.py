@@ -92,6 +92,7 @@ class Table:
     figures: dict[str, Needs] = field(default_factory=dict)         # name, as in the `figures` parameter -> what it draws from
     checkpoints: tuple[str, ...] = ('last',)                        # the paper's choice
     stand_ins: dict[str, str] = field(default_factory=dict)         # the paper's network -> the one that plays its part in `quick`
+    quick: dict[str, Any] = field(default_factory=dict)             # what `quick` does otherwise here: fields of `Preset`
     aliases: dict[str, str] = field(default_factory=dict)           # other names of columns
 
 
@@ -120,7 +121,7 @@ class Preset:
 
 PRESETS = {p.name: p for p in (
     Preset('quick', 'real handwritten digits (8x8 pixels) and a narrow network: shows directions, not the paper\'s values', ('digits',), 'narrow',
-           Training(epochs=30, batch=128, weight_decay=5e-4), monitor_examples=300, monitor_every=3, aa_examples=200, max_steps=500),
+           Training(epochs=20, batch=128, weight_decay=5e-4), monitor_examples=300, monitor_every=3, aa_examples=200, max_steps=500),
     Preset('fast', 'the paper\'s data and network with a short one-cycle schedule, the same for all rows', training=Training(epochs=30, lr=0.2, weight_decay=5e-4, schedule=OneCycle())),
     Preset('paper', 'the paper\'s setting'))}
 
@@ -180,8 +181,8 @@ class Block:
 class Plan:
     "All runs and evaluations of a table, in order."
     def __init__(self, table: Table, session: Session):
-        self.table, self.session, self.parameters, self.preset, self.device = table, session, session.parameters, session.preset, session.device
-        parameters = session.parameters
+        self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.device
+        parameters, self.preset = session.parameters, replace(session.preset, **table.quick) if session.preset.name == 'quick' else session.preset
         self.store = Store(parameters.outputs/'runs')
         self.folder = parameters.outputs/table.name/self.preset.name
         self.figures = self._figures()

@@ -114,7 +114,7 @@ def test_table_3_is_trained_and_attacked_as_table_8_says():
     assert [b.network.size(10, 1) for b in quick] == sorted({b.network.size(10, 1) for b in quick}) and len(quick) == 3
     for block in quick:
         eps, run = block.protocol.eps, block.runs["IAAT"][0]
-        assert eps == 0.25 and not block.columns["mCE"].relative and run.training.epochs == 30
+        assert eps == 0.25 and not block.columns["mCE"].relative and run.training.epochs == 20
         reach = {row: block.runs[row][0].method.attack.alpha * block.runs[row][0].method.attack.steps for row in ("Adversarial training",)}
         assert reach["Adversarial training"] == pytest.approx(30/16 * eps) and run.method.attack.steps == 10
         assert [block.columns[f"PGD-1000 eps={k}/255"].eps for k in (4, 8, 12, 16)] == pytest.approx([eps / 4, eps / 2, 3 * eps / 4, eps])

@@ -79,7 +79,7 @@ def test_a_quick_run_gives_the_whole_table_and_both_figures(quick):
     for line in lines:
         assert 0 <= float(line["ci_low"]) <= float(line["value"]) <= float(line["ci_high"]) <= 100
         assert (line["n"], line["seeds"], line["std"], line["difference"], line["checkpoint"]) == ("10", "1", "", "", "last")
-        assert line["overrides"] == "test_examples=10 of 450; epochs=1 of 30; train_examples=1000 of 1197"
+        assert line["overrides"] == "test_examples=10 of 450; epochs=1 of 20; train_examples=1000 of 1197"
     assert next(l for l in lines if (l["row"], l["column"]) == ("DAAT", "AA"))["paper"] == "44.32"
     for name in ("fig4.png", "fig6b.png"):
         picture = (folder/"outputs/table1_daat/quick"/name).read_bytes()

@@ -69,7 +69,7 @@ def test_quick_has_every_row_and_column_and_figure(name, tmp_path):
     assert distinct(row for b in plan.blocks for row in b.rows) == distinct(l["method"] for l in lines)
     assert {c for b in plan.blocks for c in b.shown} >= {l["metric"] for l in lines}
     assert {b.info.name for b in plan.blocks} == {"digits"} and {r.network.threads for b in plan.blocks for runs in b.runs.values() for r in runs} == {1}
-    assert {r.training.epochs for b in plan.blocks for runs in b.runs.values() for r in runs} == {30}
+    assert {r.training.epochs for b in plan.blocks for runs in b.runs.values() for r in runs} == {20}
     drawn = re.findall(r"results\.(?:figure|compare)\('(\w+)'", "".join("".join(c["source"]) for c in cells(name) if c["cell_type"] == "code"))
     assert sorted(drawn) == sorted(plan.figures)
 
