@@ -101,14 +101,17 @@ def front(
     return ~better.any(0)
 
 # %% ../nbs/frontier.ipynb #a4b03c59
-def draw(frame: pd.DataFrame) -> Figure:
+def draw(
+    frame: pd.DataFrame,        # of `measure`
+    named: str = '{} tables'    # what the legend calls a group of points
+) -> Figure:
     "Left: natural against AA accuracy, the front in black; right: AA accuracy against the cost of training."
     import matplotlib.pyplot as plt
     with look():
         fig, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout='constrained', sharey=True, width_ratios=(1.5, 1))
         for (paper, part), colour, marker in zip(frame.groupby('paper', sort=False), PALETTE, 'osD^v'):
             bars = dict(yerr=(part.AA - part.AA_low, part.AA_high - part.AA), fmt=marker, ms=5, color=colour, ecolor=(*colour, 0.25), elinewidth=1, lw=0)
-            axes[0].errorbar(part.natural, part.AA, xerr=(part.natural - part.natural_low, part.natural_high - part.natural), label=f'{paper} tables', **bars)
+            axes[0].errorbar(part.natural, part.AA, xerr=(part.natural - part.natural_low, part.natural_high - part.natural), label=named.format(paper), **bars)
             axes[1].errorbar(part.cost, part.AA, **bars)
         best = frame[frame.front].sort_values('natural')
         axes[0].step(best.natural, best.AA, where='pre', color='0.2', lw=1, zorder=0)

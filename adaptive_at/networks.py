@@ -221,7 +221,9 @@ class NarrowResNet(Network):
     threads = 1  # a small network gains nothing from more, and two rows may train side by side
 
     @property
-    def label(self): return 'narrow ResNet' if self.width_factor == 16 else f'narrow ResNet (width {self.width_factor})'
+    def label(self):
+        told = [f'width {self.width_factor}'] * (self.width_factor != 16) + ['early stride'] * (self.strides[0] > 1)
+        return 'narrow ResNet' + (f" ({', '.join(told)})" if told else '')
 
     def parts(self, channels):
         widths = [self.width_factor * 2**i for i in range(len(self.strides))]
@@ -402,7 +404,7 @@ class SmallCNN(Network):
 
 # %% ../nbs/20_networks.ipynb #b9c0d5c4
 NETWORKS: dict[str, Network] = {
-    'narrow': NarrowResNet(), **{f'narrow-{k}': NarrowResNet(width_factor=k) for k in (4, 8, 24, 32)},
+    'narrow': NarrowResNet(), **{f'narrow-{k}': NarrowResNet(width_factor=k) for k in (4, 8, 24, 32)}, 'early': NarrowResNet(width_factor=24, strides=(2, 2, 2)),
     'resnet18': ResNet18(), 'resnet34': ResNet34(), 'resnet50': ResNet50(), 'resnet101': ResNet101(), 'resnet152': ResNet152(),
     'imagenet-resnet50': ImageNetResNet50(), 'imagenet-resnet101': ImageNetResNet101(), 'imagenet-resnet152': ImageNetResNet152(),
     'preactresnet18': PreActResNet18(),

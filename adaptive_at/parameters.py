@@ -97,8 +97,10 @@ COLUMN_ALIASES = {'clean': 'natural'}
 
 
 def printed(table: str) -> list[dict[str, str]]:
-    "The rows of a table's CSV: dataset, network, method, checkpoint, metric, value, unit, note."
-    with open(Path(__file__).parent/'papers'/f'{table}.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
+    "The rows of a table's CSV: dataset, network, method, checkpoint, metric, value, unit, note; none where the table is no paper's."
+    path = Path(__file__).parent/'papers'/f'{table}.csv'
+    if not path.exists(): return []
+    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../nbs/02_parameters.ipynb #d59adb8e
 TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name before the slash tells apart what papers call alike); its figures, those of `main` before the bar
@@ -124,6 +126,7 @@ TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name bef
     'table5_dra': ('eps p factor', ''),
     'table6_dra': ('eps factor', ''),
     'table7_dra': ('eps p factor', 'fig5'),
+    'study': ('eps', 'frontier | variants'),
     'frontier': ('eps', 'frontier'),
 }
 
