@@ -486,17 +486,17 @@ def kernels(bench: Bench, model: Classifier, precision: str = 'fp32', batch: int
     for _ in range(2): step()
     synchronise(bench.device)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiled:
-        began, busy = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         for _ in range(calls): step()
         synchronise(bench.device)
-        took = time.perf_counter() - began if cuda else time.process_time() - busy   # processor time: others may be at work on this machine
+        took = time.perf_counter() - began
     spent: dict[str, float] = {}
     for e in profiled.events():
         if cuda:
             if e.device_type == torch.autograd.DeviceType.CUDA: spent[e.name] = spent.get(e.name, 0.) + e.self_device_time_total / 1e6
         elif e.name.startswith(('aten::', 'mkldnn')) and e.name not in IDLE and not any(c.name not in IDLE for c in e.cpu_children if c.name.startswith(('aten::', 'mkldnn'))):
             spent[e.name] = spent.get(e.name, 0.) + e.self_cpu_time_total / 1e6
-    head = Line('kernels', bench.small.label, batch, precision, 'AT, ours', '', 0., n=calls, unit='%', clock='wall' if cuda else 'cpu')
+    head = Line('kernels', bench.small.label, batch, precision, 'AT, ours', '', 0., n=calls, unit='%', clock='wall')
     lines = [replace(head, metric='share of the step in kernels', value=100 * sum(spent.values()) / took, note='with the profiler running; at least 60 is aimed at')]
     return lines + [replace(head, way=name, metric='share of the step', value=100 * s / took) for name, s in sorted(spent.items(), key=lambda item: -item[1])[:6]]
 
@@ -623,8 +623,7 @@ def listing(found: pd.DataFrame, part: str, bench: Bench) -> Styler|str:
     if not len(shown): return f'{part}: not measured'
     lines = {}
     for line in shown.itertuples():
-        if line.metric == 'seconds' and line.clock != bench.clocks[0]: continue
-        if line.metric == 'ratio' and line.clock != bench.clocks[0]: continue
+        if line.metric in ('seconds', 'ratio') and line.clock not in ('', bench.clocks[0]): continue   # the other clock is in the file
         name = line.metric + (f' to {line.reference}' if line.metric == 'ratio' else f', {line.reference}' if line.metric == 'share of ceiling' else '') + (f' ({line.unit})' if line.unit else '')
         text = line.note if line.value != line.value else _told(line) + ('' if line.target != line.target else f' {"✓" if line.value <= line.target else "✗"} ≤ {line.target:g}')
         lines.setdefault((line.network, line.batch, line.precision, line.way), {})[name] = text

@@ -143,7 +143,7 @@ def _footnotes(self:Results) -> list[str]:
     plan, seeds = self.plan, max(len(r) for b in self.plan.blocks for r in b.runs.values())
     notes = ['Accuracy in percent on ' + ' and '.join(dict.fromkeys(f"{min(plan.test_examples or b.info.n_test, b.info.n_test):,} test images of {b.info.label}" for b in plan.blocks))
              + (f', mean ± standard deviation over {seeds} seeds.' if seeds > 1 else ', ± half of the 95% Wilson interval.')]
-    if others := dict.fromkeys(b.reference[0] for b in plan.blocks if b.info.label != b.reference[0]):
+    if self.printed and (others := dict.fromkeys(b.reference[0] for b in plan.blocks if b.info.label != b.reference[0])):
         notes.append(f'The paper\'s numbers, in grey, are of {" and ".join(others)}: another dataset, so no difference is given. Compare directions.')
     if plan.preset.network and (played := {n: s for n, s in plan.table.stand_ins.items() if not plan.parameters.network}):
         notes.append('Networks that play the parts of the paper\'s: ' + ', '.join(f'{network(s).label} for {network(n).label}' for n, s in played.items()) + '.')
