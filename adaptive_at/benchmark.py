@@ -10,13 +10,13 @@ __all__ = ['PARTS', 'PARAMETERS', 'TARGETS', 'EPOCH', 'LOOPS', 'IDLE', 'SWEEPS',
            'swept', 'memory', 'bf16', 'measure', 'frame', 'write', 'listing', 'draw', 'report']
 
 # %% ../nbs/97_benchmark.ipynb #2cd81f39
-import json, math, statistics, subprocess, sys, time
+import copy, json, math, re, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from torch import nn, Tensor
@@ -28,8 +28,8 @@ from .datasets import Batch, Dataset
 from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
 from .figures import GREY, PALETTE, look, styled
 from .iaat import iaat
-from .methods import Method, Training, at, daat, fat, mart, trades, unit
-from .networks import NETWORKS, Classifier, Network, frozen, in_mode, network
+from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
+from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
 from .parameters import COMMON, Parameter, checked, listed
 from .plans import flops, measured_cost
 from .radius import Setting
@@ -456,15 +456,20 @@ def fidelity(bench: Bench, model: Classifier) -> list[Line]:
         eager.eval()
         inner = task.x.clamp(task.alpha, 1 - task.alpha)   # so that no step is clipped by [0,1]
         moved = peers.pgd_loop(eager, inner, task.y, 1., task.alpha, 1, peers.careful, inner)
+        same = replace(task, x=start)
+        with torch.no_grad(): attacked = F.cross_entropy(eager(start), task.y)
+        learning = copy.deepcopy(eager)
+        updated = peers.at_loop(learning, sgd(learning), task.x, task.y, task.eps, task.alpha, 0, peers.careful, start)
         loss = peers.at_loop(eager, sgd(eager), task.x, task.y, task.eps, task.alpha, task.steps, peers.careful, start)
         for precision in bench.precisions:
             head = Line('fidelity', task.network.label, len(task.x), precision, 'ours', '', 0., reference='careful, fp32')
             fast = task.model()
             if given: fast.load_state_dict(given)
             with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == 'bf16'): ours = PGD(task.alpha, 1, start=CleanStart())(fast.eval(), inner, task.y, 1.)
-            step = our_step(task, method, precision, given)
-            lines += [replace(head, metric='difference in loss, relative', value=abs(float(step()) / float(loss) - 1), target=1e-5 if precision == 'fp32' else math.nan),
-                      replace(head, metric='same sign of the gradient', value=100 * float(((ours - moved).abs() < task.alpha / 2).double().mean()), unit='%', n=inner.numel())]
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == 'bf16'), folded(fast), torch.no_grad(): attacking = F.cross_entropy(fast(start), task.y)
+            told = {"attack's loss, same images": (attacking, attacked), "update's loss, same images": (our_step(same, natural(), precision, given)(), updated), "update's loss after a whole attack": (our_step(task, method, precision, given)(), loss)}
+            lines += [replace(head, metric=what, value=abs(float(ours_) / float(theirs) - 1), target=1e-5 if precision == 'fp32' and 'same' in what else math.nan, note='relative difference') for what, (ours_, theirs) in told.items()]
+            lines += [replace(head, metric='same sign of the gradient', value=100 * float(((ours - moved).abs() < task.alpha / 2).double().mean()), unit='%', n=inner.numel())]
     x, y = _images(bench)
     alpha, index = unit(0.003, bench.eps), torch.arange(len(x), device=x.device)
     noise = Noise(key('benchmark', 'fidelity'), index)
@@ -532,6 +537,7 @@ def growth(bench: Bench) -> list[Line]:
 def peak(device: torch.device) -> float:
     "The most memory that was ever in use, MB: of the GPU, or of this process."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path('/proc/self/status')).exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) / 1024   # `ru_maxrss` begins with that of the process it was forked from
     import resource   # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 1024)
 
@@ -576,14 +582,15 @@ def bf16(bench: Bench, tell: Callable[[str], None] = print) -> list[Line]:
 
 # %% ../nbs/97_benchmark.ipynb #52d7a385
 def measure(bench: Bench, tell: Callable[[str], None] = print) -> pd.DataFrame:
-    "Measure the chosen parts, and put them into the device's table: other parts stay as they were."
+    "Measure the chosen parts; each is in the device's table as soon as it is done."
     lines, began = [], time.time()
     jobs = {'steps': lambda m: [line for batch in bench.batches for line in steps(bench, batch, tell)], 'rules': partial(rules, bench), 'evaluation': lambda m: attacks(bench, m, tell),
             'autoattack': partial(autoattack, bench), 'fidelity': partial(fidelity, bench), 'growth': lambda m: growth(bench), 'bf16': lambda m: bf16(bench, tell) if bench.seeds else [],
             'kernels': lambda m: [line for precision in bench.precisions for line in kernels(bench, m, precision)]}
     model = trained(bench) if set(bench.parts) - {'steps', 'growth', 'bf16'} else None
     for part in bench.parts:
-        lines += jobs[part](model)
+        lines += (new := jobs[part](model))
+        if new: write(frame(new, bench), bench)
         tell(f'{part}: done after {time.time() - began:.0f} s')
     return frame(lines, bench)
 
@@ -634,7 +641,7 @@ def listing(found: pd.DataFrame, part: str, bench: Bench) -> Styler|str:
     table = pd.DataFrame.from_dict(lines, orient='index').fillna('')
     table.index = pd.MultiIndex.from_tuples(table.index, names=['network', 'batch', 'precision', 'way'])
     clock, rounds, used = {'cpu': 'processor time of the process', 'wall': 'wall time'}[bench.clocks[0]], shown[shown.metric.isin(['seconds', 'exponent'])].n.max(), shown.threads.max()
-    return styled(table, part.capitalize(), [NOTES[part], f'{hardware(bench.device)}, {used} thread{"s" * (used > 1)}' + (f'; {clock}, {rounds:.0f} rounds.' if rounds == rounds else '.')])
+    return styled(table, part.capitalize(), [NOTES[part], f'{hardware(bench.device)}, {used} thread{"s" if used > 1 else ""}' + (f'; {clock}, {rounds:.0f} rounds.' if rounds == rounds else '.')])
 
 
 def draw(found: pd.DataFrame, bench: Bench) -> Figure:
