@@ -36,6 +36,7 @@ setup(
     extras_require={
         "dev": shlex.split(cfg["dev_requirements"]),
         "corruptions": shlex.split(cfg["corruptions_requirements"]),
+        "bench": shlex.split(cfg["bench_requirements"]),
     },
     entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},
 )

@@ -32,11 +32,14 @@ class Method:
     weights: WeightPerturbation|None = None
 
     @property
+    def updates(self) -> int:
+        "Passes of the update, those with gradients of the weights."
+        return self.objective.passes * (2 if self.weights else 1)  # a perturbation of the weights computes the loss once more
+
+    @property
     def passes(self) -> int:
         "Forward and backward passes per image and epoch, about: the unit of training cost."
-        attack = getattr(self.attack, 'passes', getattr(self.attack, 'steps', 0))
-        update = self.objective.passes * (2 if self.weights else 1)  # a perturbation of the weights computes the loss once more
-        return attack + update + self.radius.passes
+        return getattr(self.attack, 'passes', getattr(self.attack, 'steps', 0)) + self.updates + self.radius.passes
 
 # %% ../nbs/60_methods.ipynb #0c61eb95
 def unit(value: float, eps: float, at: float = 0.031) -> float:

@@ -36,7 +36,7 @@ COLUMNS = 'dataset network row checkpoint column value ci_low ci_high n seeds st
 class Results:
     "What the store holds for a plan."
     def __init__(self, plan: Plan):
-        self.plan, self.concerned = plan, {}
+        self.plan, self.concerned, self.estimated = plan, {}, ''  # `execute` says in the last what it took beside the plan's estimate
         self.printed = {(r['dataset'], r['method'], r['metric'], r['checkpoint'], r['network']): float(r['value']) for r in printed(plan.table.name)}
         self.cells = {(i, row, c, w): [plan.verdict(b, row, c, seed, w) for seed in range(len(b.runs[row]))] for i, b in enumerate(plan.blocks) for row, pairs in b.cells.items() for c, w in pairs}
         self.lines = {(i, row, c, w): self._line(b, row, c, w) for i, b in enumerate(plan.blocks) for row in b.rows for w in plan.table.checkpoints for c in b.shown if b.columns[c].surrogate != row}
@@ -288,7 +288,7 @@ def provenance(self:Results) -> Styler:
     "How to repeat this, and what it ran on."
     plan = self.plan
     facts = {'command': f'<code>{html.escape(plan.parameters.command())}</code>', 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.device),
-             'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began),
+             'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began), **({'training and evaluating': self.estimated} if self.estimated else {}),
              'runs': '<br>'.join(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
     return styled(pd.DataFrame({'this run': facts}), 'Provenance', [])
 
@@ -315,6 +315,7 @@ def execute(
 ) -> Results:
     "Train what is missing, evaluate what is missing, write `table.csv`."
     if plan.parameters.dry_run: return Results(plan)
+    expected = plan.seconds() if plan.measured() else 0.
     began, done, report = time.time(), Counter(), tell
     def tell(line: str) -> None:
         done[line.rpartition(': ')[2]] += 1  # a line that ends in ': trained' or ': evaluated' counts
@@ -323,12 +324,14 @@ def execute(
         for block in plan.blocks: _fill(plan, block, tell)
     except Stopped: raise
     except KeyboardInterrupt: raise Stopped('stopped; run the same command again, it goes on from there') from None
+    took = time.time() - began
     results = Results(plan)
+    if done['trained'] + done['evaluated'] and expected: results.estimated = f'{spoken(took)}, estimated {spoken(expected)} ({took / expected - 1:+.0%})'
     results.write()
     _clear_lines()
     runs = sum(len(seeds) for b in plan.blocks for seeds in b.runs.values())
     cells = sum(len(pairs) * len(b.runs[row]) for b in plan.blocks for row, pairs in b.cells.items())
-    report(f"{runs - done['trained']} runs from the store, {done['trained']} trained; {cells - done['evaluated']} evaluations from the store, {done['evaluated']} made; {spoken(time.time() - began)}")
+    report(f"{runs - done['trained']} runs from the store, {done['trained']} trained; {cells - done['evaluated']} evaluations from the store, {done['evaluated']} made; {results.estimated or spoken(took)}")
     return results
 
 

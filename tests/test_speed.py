@@ -1,7 +1,20 @@
 "What makes a step fast, told by counts and equalities; no clock decides."
 import subprocess, sys
+from dataclasses import replace
 
 import pytest
+import torch
+
+from adaptive_at import plans
+from adaptive_at.attacks import PGD
+from adaptive_at.datasets import DIGITS
+from adaptive_at.methods import Training, at, daat, natural, trades
+from adaptive_at.networks import NarrowResNet
+from adaptive_at.parameters import start
+from adaptive_at.plans import Cost
+from adaptive_at.tables import execute
+from adaptive_at.training import Monitor, Run
+from adaptive_at.weights import AT_AWP
 
 
 def faults(kept):
@@ -21,3 +34,39 @@ work(); before = count(); work(); print(count() - before)"""
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_memory_is_kept_for_the_next_pass():
     assert faults(kept=True) < 100   # without it 30,000 here; where the system keeps memory anyway, none
+
+
+# --- the cost model -----------------------------------------------------------------------------------------------------------------
+
+def test_an_epoch_costs_its_passes_of_both_kinds():
+    cost = Cost(attack=1., update=10.)
+    assert [cost.epoch(m, 3) / 3 for m in (natural(), at(0.1), at(0.1, daat(0.1)), trades(0.1), replace(at(0.1), weights=AT_AWP))] == [10, 20, 21, 30, 30]
+    run = Run("digits", "", NarrowResNet(), at(0.1), Training(epochs=4), Monitor(PGD(0.1, 4), 0.1, examples=60, every=2), train_examples=100)
+    assert cost.run(run, DIGITS) == 4 * (100 * 20 + (2 * 60 + 60) * 5 / 2)   # training, validation and test part; four steps and the natural pass
+
+
+def test_the_estimate_is_of_what_is_left_and_stands_beside_what_it_took(tmp_path, monkeypatch, capsys):
+    from adaptive_at.papers.table1_daat import TABLE
+    asked = []
+    def measured(network, info, device, batch, precision):
+        asked.append((network, batch, precision))
+        return Cost(1e-4, 2e-4)
+    monkeypatch.setattr(plans, "measured_cost", measured)
+    def plan(rows): return plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", epochs=2, train_examples=100, test_examples=20, rows=rows, columns="natural", figures="none", outputs=str(tmp_path)))))
+    both = plan("Natural,Standard AT")
+    block = both.blocks[0]
+    before = {row: both.estimate(block, row) for row in block.runs}
+    assert set(asked) == {(NarrowResNet(), 128, "fp32")}
+    assert before["Natural"] == pytest.approx((Cost(1e-4, 2e-4).run(block.runs["Natural"][0], block.info), 20 * 1e-4))
+    assert both.seconds() == pytest.approx(sum(map(sum, before.values())) / both.workers(block))
+    results = execute(plan("Natural"), lambda line: None)
+    assert "estimated" in results.estimated and results.provenance().data.loc["training and evaluating", "this run"] == results.estimated
+    assert both.estimate(block, "Natural") == (0., 0.) and both.estimate(block, "Standard AT") == before["Standard AT"]
+    again = execute(plan("Natural"), lambda line: None)
+    assert again.estimated == "" and "training and evaluating" not in again.provenance().data.index   # nothing was done
+
+
+def test_a_cost_is_measured():
+    cost = plans.measured_cost(NarrowResNet(width_factor=4), DIGITS, torch.device("cpu"), 16, "bf16")
+    assert 0 < cost.attack and 0 < cost.update
+    assert plans.measured_cost(NarrowResNet(width_factor=4), DIGITS, torch.device("cpu"), 16, "bf16") is cost   # once for each network, batch and precision
