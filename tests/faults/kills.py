@@ -54,16 +54,16 @@ def campaign(folder, kills, seed=0, methods=METHODS, tell=lambda line: None):
     return result
 
 
-def shared(folder, processes=4):
+def shared(folder, processes=4, methods=METHODS):
     "Run one table in several processes at once on an empty store: what was wrong, and what was worked on how often."
     logs = [folder/f"{i}.log" for i in range(processes)]
-    begun = [Process(log, table_of(folder/"outputs", *METHODS)) for log in logs]
+    begun = [Process(log, table_of(folder/"outputs", *methods)) for log in logs]
     codes = [p.wait(600) for p in begun]
     said = "".join(log.read_text() for log in logs)
     worked = Counter(line for line in said.splitlines() if line.startswith("working: "))
     trained = {log.name: log.read_text().count("working: train") for log in logs}
     wrong = [f"exit codes {codes}\n{said}"] * any(codes) + [f"{line}: {n} times" for line, n in worked.items() if n > 1]
     runs, evaluations = (sum(line.startswith(f"working: {what}") for line in worked) for what in ("train", "evaluate"))
-    expected = (len(METHODS) + 1, len(METHODS) * len(COLUMNS))
+    expected = (len(methods) + 1, len(methods) * len(COLUMNS))
     if (runs, evaluations) != expected: wrong.append(f"{runs} runs and {evaluations} evaluations instead of {expected[0]} and {expected[1]}")
     return wrong, f"{processes} processes on an empty store trained {runs} runs ({', '.join(str(n) for n in trained.values())}) and made {evaluations} evaluations, each once"

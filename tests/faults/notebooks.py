@@ -13,7 +13,7 @@ from adaptive_at.parameters import TABLES
 ROOT = Path(__file__).resolve().parent.parent.parent
 BAD = dict(zip(TABLES, [dict(preset="quik"), dict(datasets="cifar"), dict(network="resnet17"), dict(device="tpu"), dict(seeds=-1), dict(rows="nobody"), dict(columns="PGD-7"), dict(figures="fig99"),
                         dict(data_root=""), dict(outputs=""), dict(epochs=1.5), dict(train_examples=-5), dict(test_examples="all"), dict(precision="fp16"), dict(dry_run="yes"), dict(eps=8),
-                        dict(epoch=3), dict(eps=-0.1), dict(preset=1), dict(rows=3), dict(epochs=True), dict(device="cuda:99"), dict(columns="clean,")][:len(TABLES)]))
+                        dict(epoch=3), dict(eps=-0.1), dict(preset=1), dict(rows=3), dict(epochs=True), dict(device="cuda:99"), dict(seeds=1001)], strict=False))
 BAD["frontier"] = dict(eps="8/255")
 
 

@@ -17,20 +17,20 @@ def small():
 
 
 def test_killed_processes_end_as_if_nothing_had_happened(tmp_path):
-    found = kills.campaign(tmp_path, 14, seed=1)
+    found = kills.campaign(tmp_path, 9, seed=1)
     print(found)
-    assert not found.wrong and found.landed == 14 and len(found.methods) >= 6 and {"training", "checkpointing"} <= set(found.phases)
+    assert not found.wrong and found.landed == 9 and len(found.methods) >= 6 and {"training", "checkpointing"} <= set(found.phases)
 
 
 def test_damaged_files_never_give_another_number(tmp_path):
-    cases = [case for i, case in enumerate(damage.CASES) if i % 4 == 1]   # each file, and each fault
+    cases = [case for i, case in enumerate(damage.CASES) if i % 6 == 1]   # most files, and each fault
     found = damage.campaign(tmp_path, cases, seed=1)
     print(found)
-    assert not found.wrong and sum(found.outcomes.values()) == len(cases) >= 20
+    assert not found.wrong and sum(found.outcomes.values()) == len(cases) >= 13
 
 
 def test_four_processes_share_an_empty_store(tmp_path):
-    wrong, said = kills.shared(tmp_path)
+    wrong, said = kills.shared(tmp_path, methods=METHODS[:4])
     print(said)
     assert not wrong, "\n".join(wrong)
 
