@@ -1,6 +1,7 @@
-"One thread for everything the tests start, no display, and property tests that repeat exactly."
-import os
+"One thread for everything the tests start, no display, Ctrl-C as in a terminal, and property tests that repeat exactly."
+import os, signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it, and so would all that the tests start
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 
 import matplotlib
