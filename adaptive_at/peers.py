@@ -115,5 +115,5 @@ def autoattack_direct(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: 
     "Which examples stand after pyautoattack's standard version, called as its own documentation does."
     from pyautoattack import AutoAttack
     with torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []):
-        x_adv = AutoAttack(model, norm='Linf', eps=eps, version='standard', seed=seed, device=x.device).run_standard_evaluation(x, y, batch_size=batch)
+        x_adv, _ = AutoAttack(model, norm='Linf', eps=eps, version='standard', seed=seed, device=x.device).run_standard_evaluation(x, y, batch_size=batch)
     with torch.no_grad(): return model(x_adv).argmax(1) == y

@@ -11,7 +11,8 @@ from adaptive_at import benchmark, peers
 from adaptive_at.attacks import PGD, UniformStart, per_example, restarted
 from adaptive_at.benchmark import PARAMETERS, PARTS, Lap, Line, alternating, begin, draw, frame, listing, ratio, slope, timed, write
 from adaptive_at.core import UserError
-from adaptive_at.networks import NarrowResNet
+from adaptive_at.evaluation import AutoAttack, Images
+from adaptive_at.networks import NarrowResNet, frozen
 from adaptive_at.peers import at_loop, careful, pgd_loop, trades_careful, trades_loop, trades_wasteful, wasteful
 from helpers import labels, narrow, noise, numbers, wavy
 
@@ -149,3 +150,12 @@ def test_the_notebook_is_thin_and_says_the_same_defaults():
     exec("".join(cell["source"]), namespace)
     assert {k: v for k, v in namespace.items() if not k.startswith("__")} == {k: p.default for k, p in PARAMETERS.items()}
     assert begin(TINY | {"batch": 64}).batches == (64,)   # as papermill gives it
+
+
+def test_autoattack_called_directly_judges_as_ours():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval(), numbers(20, 1, 8, 8)
+    images = Images(x, model(x).argmax(1), torch.arange(20))
+    with frozen(model):
+        direct, ours = peers.autoattack_direct(model, images.x, images.y, 0.02), AutoAttack(0.02).standing(model, images)
+    assert direct.tolist() == ours.tolist() and 0 < int(ours.sum()) < 20
