@@ -30,8 +30,8 @@ from .figures import GREY, PALETTE, look, styled
 from .iaat import iaat
 from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
 from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
-from .parameters import COMMON, Parameter, checked, listed
-from .plans import flops, measured_cost
+from .parameters import COMMON, Parameter, checked, listed, refuse_unknown
+from .plans import flops, measured_cost, usable
 from .radius import Setting
 from .runs import hardware
 from .saat import saat_up
@@ -97,17 +97,13 @@ class Bench:
 
 def begin(namespace: dict[str, Any]) -> Bench:   # the notebook's globals()
     "Check the parameters, and load the digits."
-    shell = {'In', 'Out', 'exit', 'quit', 'get_ipython', 'open'}
-    if '_started' not in namespace:
-        for name, value in namespace.items():
-            if not name.startswith('_') and name not in shell and name not in PARAMETERS and isinstance(value, (bool, int, float, str)): raise UserError(f'{name} is not a parameter of this notebook; its parameters are {", ".join(PARAMETERS)}.')
-    namespace['_started'] = True
+    refuse_unknown(namespace, PARAMETERS)
     given = {n: namespace.get(n, p.default) for n, p in PARAMETERS.items()}
     if type(given['batch']) is int: given['batch'] = str(given['batch'])   # as papermill reads `-p batch 64`
     told = {n: checked(n, given[n], p) for n, p in PARAMETERS.items()}
     if told['seeds'] == 1: raise UserError('seeds is 1; one seed has no spread, so give 2 or more, or 0 to leave bf16 training out.')
     device = torch.device(told['device'] or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and not torch.cuda.is_available(): raise UserError(f'device is {str(device)!r}, which this machine\'s PyTorch does not have; choose cpu or leave it empty.')
+    usable(str(device))
     if told['threads']: torch.set_num_threads(told['threads'])
     keep_memory()
     root = project_root()

@@ -164,9 +164,8 @@ def replacing(path: str|Path):   # the file to (re)place
         yield part
         with open(part, 'rb') as f: os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search('inline_container|PytorchStreamWriter|iostream', str(e)): raise  # how `torch.save` says that it could not write
-        raise UserError(f'{path} could not be written ({getattr(e, "strerror", None) or "not all of it"}); free some space or choose another `outputs` folder, and run the same command again: what was finished is kept.') from e
+    except OSError as e:
+        raise UserError(f'{path} could not be written ({e.strerror or e}); free some space or choose another `outputs` folder, and run the same command again: what was finished is kept.') from e
     finally: part.unlink(missing_ok=True)
 
 

@@ -197,7 +197,7 @@ def unpack(text: str, device: str|torch.device = 'cpu') -> Tensor:
 
 def told(standing: Tensor) -> dict:
     "Verdicts or scores as plain values."
-    return {'standing': pack(standing)} if standing.dtype == torch.bool else {'scores': standing.tolist()}
+    return {'standing': pack(standing)} if standing.dtype == torch.bool else {'scores': [round(s, 6) for s in standing.tolist()]}
 
 
 def scores(result: dict) -> Tensor:
@@ -240,12 +240,12 @@ def evaluate(
     index = balanced(split.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
     chosen = split.part(index)
     images = Images(to_unit(chosen.x), chosen.y, index)
-    models, name = (model, source or model), type(e.column).__name__
+    models, name = [model] if source is None else [model, source], type(e.column).__name__
     before = [fingerprint(m) for m in models]
     with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
         standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
-        result = {'accuracy': 100 * float(standing.double().mean()), 'n': len(standing)}
-        result |= {'standing': pack(standing)} if standing.dtype == torch.bool else {'scores': [round(s, 6) for s in standing.tolist()]}
+        result = told(standing)
+        result = {'accuracy': 100 * float(scores(result).mean()), 'n': len(standing)} | result
         if isinstance(e.column, Clean): result |= _predictions(model, images)
         if isinstance(e.column, WhiteBox): result |= _gradients(model, images, e.column)
         if any(part.training for m in models for part in m.modules()): raise UserError(f'{name} left a part of the model in train mode, where its answers hang on the batch; no number is kept.')

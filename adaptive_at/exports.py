@@ -9,14 +9,14 @@ __all__ = ['FORMAT', 'BANK', 'export', 'Exported', 'opened', 'contradiction', 't
 import hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .core import UserError, digest, locked, replacing, slug, write_text
-from .inventory import FOLDER, damages, parsed, spec_of, stored
-from .runs import consistent, fingerprint_of, plausible, read, read_arrays, sealed
-from .seals import Seal, checksum, read_sealed, seal, write_sealed
+from .inventory import FOLDER, damages, evaluation_files, spec_of, stored
+from .runs import consistent, fingerprint_of, parsed, plausible, read, read_arrays, sealed, write_arrays
+from .seals import Seal, checksum, read_sealed, write_sealed
 
 FORMAT = 1
 BANK = {'eps', 'used', 'realised', 'snapshots', 'snapshot_epochs', 'path', 'path_index'}
@@ -30,8 +30,7 @@ def export(folder: Path, file: Path) -> None:
     holds = {'last': ('state', 'weights'), 'best': ('weights',)}
     tensors = {f'{which}/{k}': v.contiguous() for which in holds for k, v in read(folder/f'{which}.pt', s.id, *holds[which])['model'].items()}
     tensors |= {f'bank/{k}': torch.from_numpy(v) for k, v in read_arrays(folder/'radius.npz', s.id).items()}
-    evaluations = {p.name: read_sealed(p) for p in sorted((folder/'evals').glob('*-????????????.json'))}
-    told = {'folder': folder.name, 'spec': s.facts, 'history': (folder/'history.csv').read_text(encoding='utf-8'), 'evaluations': evaluations}
+    told = {'folder': folder.name, 'spec': s.facts, 'history': (folder/'history.csv').read_text(encoding='utf-8'), 'evaluations': {p.name: read_sealed(p) for p in evaluation_files(folder)}}
     try:
         with replacing(file) as part: save_file(tensors, part, {'adaptive_at': str(FORMAT)} | {k: json.dumps(v) for k, v in told.items()} | {'sha256': checksum(told)})
     except SafetensorError as e: raise UserError(f'{file} could not be written ({e}); free some space or choose another place.') from e
@@ -107,9 +106,7 @@ def take_in(
         run, best = digest(e.facts['run']), e.facts.get('best', {}).get('epoch', epochs)
         sealed(folder/'last.pt', {'model': e.part('last'), 'epoch': epochs}, Seal(run, 'weights', epochs))
         sealed(folder/'best.pt', {'model': e.part('best'), 'epoch': best}, Seal(run, 'weights', best))
-        with replacing(folder/'radius.npz') as part:
-            with open(part, 'wb') as f: np.savez_compressed(f, **{k: v.numpy() for k, v in e.part('bank').items()})
-            seal(part, Seal(run, 'radius', epochs))
+        write_arrays(folder/'radius.npz', {k: v.numpy() for k, v in e.part('bank').items()}, Seal(run, 'radius', epochs))
         for name, content in e.evaluations.items(): write_sealed(folder/'evals'/name, content)
         write_sealed(folder/'spec.json', e.facts)
         write_text(folder/'history.csv', e.history)

@@ -134,6 +134,7 @@ def draw(
 ) -> Figure:
     "Left: natural against AA accuracy, the front as a line; right: AA accuracy against the cost of training."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
     error = lambda accuracy: (100 - accuracy).clip(lower=0.1)  # on a scale of errors, 98 and 99% are as far apart as 96 and 98
     with look():
         fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout='constrained', sharey=True, width_ratios=(1.4, 1))
@@ -147,9 +148,10 @@ def draw(
         axes[0].set(xlabel='natural accuracy (%)', ylabel='accuracy under AutoAttack (%)', title='robust against natural accuracy', xscale='log')
         axes[0].invert_xaxis()
         axes[1].set(xlabel='gradient evaluations per training image', xscale='log', title='and what it costs')
-        for ax, values, label in ((axes[0], (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80), lambda v: f'{100 - v:g}'), (axes[1], [v * 10**k for k in range(6) for v in (1, 3)], lambda v: f'{v:,}')):
+        for ax, values, label in ((axes[0], (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80), lambda v: f'{100 - v:g}'), (axes[1], [v * 10**k for k in range(6) for v in (1, 3)], lambda v: f'{v:,g}')):
             low, high = sorted(ax.get_xlim())
             ticks = [v for v in values if low <= v <= high]
+            if len(ticks) < 3: ticks = [v for v in MaxNLocator(4).tick_values(low, high) if low <= v <= high]  # all points are near each other
             ax.set_xticks(ticks, map(label, ticks))
             ax.minorticks_off()
         fig.legend(loc='outside lower center', ncols=6)

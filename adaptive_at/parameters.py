@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMMON', 'ABOUT', 'COLUMN_ALIASES', 'TABLES', 'Parameter', 'checked', 'listed', 'chosen', 'printed',
-           'about', 'Parameters', 'start']
+           'about', 'Parameters', 'start', 'refuse_unknown']
 
 # %% ../nbs/02_parameters.ipynb #56de0f6f
 import csv, re, tempfile, time
@@ -98,9 +98,8 @@ COLUMN_ALIASES = {'clean': 'natural'}
 
 def printed(table: str) -> list[dict[str, str]]:
     "The rows of a table's CSV: dataset, network, method, checkpoint, metric, value, unit, note; none where the table is no paper's."
-    path = Path(__file__).parent/'papers'/f'{table}.csv'
-    if not path.exists(): return []
-    with open(path, newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
+    if not table.startswith('table'): return []
+    with open(Path(__file__).parent/'papers'/f'{table}.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 # %% ../nbs/02_parameters.ipynb #d59adb8e
 TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name before the slash tells apart what papers call alike); its figures, those of `main` before the bar
@@ -172,23 +171,23 @@ def start(
 ) -> Parameters:
     "Check the parameters of a table notebook, before anything heavy is loaded."
     began, known, figures = time.time(), COMMON | about(table), TABLES[table][1]
-    _refuse_unknown(namespace, known)
+    refuse_unknown(namespace, known)
     values = {n: checked(n, namespace.get(n, p.default), p) for n, p in known.items()}
     names = tuple(figures.replace('|', ' ').split())
     if values['figures'] not in ('main', 'all', 'none'): chosen('figures', values['figures'], (*names, 'main', 'all', 'none'))
     parameters = Parameters(table, values, names, tuple(figures.partition('|')[0].split()), began)
     _writable(parameters.outputs)
-    namespace['_started'] = True
     return parameters
 
 
-def _refuse_unknown(namespace: dict[str, Any], known: dict[str, Parameter]) -> None:
+def refuse_unknown(namespace: dict[str, Any], known: dict[str, Parameter]) -> None:
     "Refuse a plain value under a name that is no parameter; only in a fresh notebook, where nothing else can have set it."
     if '_started' in namespace: return
     shell = {'In', 'Out', 'exit', 'quit', 'get_ipython', 'open'}
     for name, value in namespace.items():
         if name.startswith('_') or name in shell or name in known or not isinstance(value, (bool, int, float, str, list, dict, tuple, type(None))): continue
         raise UserError(f'{name} is not a parameter of this notebook; its parameters are {", ".join(known)}.')
+    namespace['_started'] = True
 
 
 def _writable(folder: Path) -> None:

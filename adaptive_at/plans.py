@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPY', 'PRESETS', 'PUBLISHED_EPOCH', 'Protocol', 'Part', 'Recipe', 'Row', 'Needs', 'Table', 'surrogate', 'Preset',
-           'Session', 'settle', 'Block', 'Plan', 'Cost', 'flops', 'published_cost', 'measured_cost', 'disk', 'spoken']
+           'Session', 'settle', 'usable', 'Block', 'Plan', 'Cost', 'flops', 'published_cost', 'measured_cost', 'disk',
+           'spoken', 'Left']
 
 # %% ../nbs/88_plans.ipynb #cd24eb39
 import shutil, subprocess, time
@@ -144,7 +145,7 @@ def settle(parameters: Parameters) -> Session:
     if parameters.network: networks.network(parameters.network)
     cuda = torch.cuda.is_available()
     device = parameters.device or ('cuda' if cuda else 'cpu')
-    _usable(device)
+    usable(device)
     name = parameters.preset if parameters.preset != 'auto' else 'paper' if cuda else 'quick'
     why = ' (auto: ' + ('there is a CUDA device' if cuda else 'no CUDA device here') + ')' if parameters.preset == 'auto' else ''
     print(f'preset {name}{why}: {PRESETS[name].says}. Device: {hardware(device)}.')
@@ -157,7 +158,7 @@ def _named_datasets(parameters: Parameters) -> list[str]:
     return [d for d in listed(parameters.datasets) if d != 'all']
 
 
-def _usable(device: str) -> None:
+def usable(device: str) -> None:
     "Refuse a device that is not there."
     kind, _, number = device.partition(':')
     there = {'cpu': 1, 'cuda': torch.cuda.device_count() if torch.cuda.is_available() else 0, 'mps': int(torch.backends.mps.is_available())}[kind]
@@ -401,35 +402,53 @@ def workers(self:Plan, block: Block) -> int:
 
 
 @patch
+def trains_here(self:Plan, run: Run) -> bool:
+    "Is this device meant for it? A large network on a CPU would rather train on a GPU."
+    return self.device.type == 'cuda' or run.network.threads == 1
+
+
+@patch
 def measured(self:Plan) -> bool:
     "Is the cost measured, and not the published one of a GPU?"
-    return self.device.type == 'cuda' or all(run.network.threads == 1 for b in self.blocks for runs in b.runs.values() for run in runs)
+    return all(self.trains_here(run) for b in self.blocks for runs in b.runs.values() for run in runs)
 
 
 @patch
 def cost(self:Plan, run: Run, info: DatasetInfo) -> Cost:
     "Measured for a network that trains on this device, published for one that would train on a GPU."
-    small = self.device.type == 'cuda' or run.network.threads == 1
-    return measured_cost(run.network, info, self.device, run.training.batch, run.training.precision) if small else published_cost(run.network, info)
+    if not self.trains_here(run): return published_cost(run.network, info)
+    return measured_cost(run.network, info, self.device, min(run.training.batch, 128), run.training.precision)  # a plan must not need the memory of a batch for many GPUs
+
+
+@dataclass(frozen=True)
+class Left:
+    "What is left of a row."
+    runs: list[tuple[Run, int]]   # those to train, with the epochs that they have
+    evaluations: list[str]        # columns
+    training: float = 0.          # seconds, were the row alone
+    evaluating: float = 0.        # likewise
+
+    @property
+    def seconds(self) -> float: return self.training + self.evaluating
 
 
 @patch
-def estimate(self:Plan, block: Block, row: str) -> tuple[float, float]:
-    "Seconds of training and of evaluating that are left of a row, were it alone."
+def left(self:Plan, block: Block, row: str) -> Left:
+    "What is left of a row, and about how long it takes."
     runs, info = block.runs[row], block.info
-    left = [r for r in runs if not self.store.finished(r)]
+    begun = [(r, len(self.store.history(r))) for r in runs if not self.store.finished(r)]
     waiting = [c for seed in range(len(runs)) for c, _ in self.unevaluated(block, row, seed)]
-    if not left and not waiting: return 0., 0.   # nothing is measured
+    if not begun and not waiting: return Left([], [])   # nothing is measured
     cost = self.cost(runs[0], info)
     n = {c: self.examples(block, c) or (info.n_train if block.columns[c].part == 'train' else info.n_test) for c in set(waiting)}
     evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.attack
-    return sum(cost.run(r, info) * (1 - len(self.store.history(r)) / r.training.epochs) for r in left), evaluating
+    return Left(begun, waiting, sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun), evaluating)
 
 
 @patch
 def seconds(self:Plan) -> float:
     "Estimated seconds of all that is left, rows side by side."
-    return sum(sum(self.estimate(block, row)) / self.workers(block) for block in self.blocks for row in block.runs)
+    return sum(self.left(block, row).seconds / self.workers(block) for block in self.blocks for row in block.runs)
 
 
 @patch
@@ -438,15 +457,13 @@ def show(self:Plan):
     lines, seconds, size = [], 0., 0
     for block in self.blocks:
         for row, runs in block.runs.items():
-            left = [r for r in runs if not self.store.finished(r)]
-            begun = max((len(self.store.history(r)) for r in left), default=0)
-            cells, work = block.cells.get(row, []), sum(self.estimate(block, row))
-            waiting = sum(len(self.unevaluated(block, row, seed)) for seed in range(len(runs)))
-            seconds += work / self.workers(block)
-            size += sum(disk(r, block.info) for r in left)
+            left, cells = self.left(block, row), block.cells.get(row, [])
+            begun = max((done for _, done in left.runs), default=0)
+            seconds += left.seconds / self.workers(block)
+            size += sum(disk(r, block.info) for r, _ in left.runs)
             lines.append({'dataset': self.named(block), 'row': row + ('' if row in block.rows else ' (for a figure or as a surrogate)'), 'epochs': runs[0].training.epochs, 'seeds': len(runs),
-                          'runs': 'in the store' if not left else f'{len(left)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
-                          'evaluations': f'{waiting} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(work) if work else '–'})
+                          'runs': 'in the store' if not left.runs else f'{len(left.runs)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
+                          'evaluations': f'{len(left.evaluations)} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(left.seconds) if left.seconds else '–'})
     how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations'
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
     print(f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.')

@@ -53,12 +53,8 @@ class Setting:
 class RadiusRule:
     "Base of all rules, and the simplest of them: every example keeps `eps`."
     eps: float  # l_inf radius on the [0,1] scale; for adaptive rules the preset radius
-    passes = 0  # forward and backward passes per image and epoch, about
-
-    @property
-    def adaptive(self) -> bool:
-        "Do examples get radii of their own?"
-        return any(getattr(type(self), f) is not getattr(RadiusRule, f) for f in ('radius', 'after_attack', 'after_step'))
+    passes = 0       # forward and backward passes per image and epoch, about
+    adaptive = True  # do examples get radii of their own?
 
     def bank(self, setting: Setting, key: int = 0) -> Bank:
         "A new bank: all examples start from `eps`."
@@ -81,6 +77,7 @@ class RadiusRule:
 
 class Fixed(RadiusRule):
     "The same radius for every example, always (standard adversarial training)."
+    adaptive = False
 
 # %% ../nbs/40_radius.ipynb #2071c4a6
 def overstep(

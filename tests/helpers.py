@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -102,6 +103,17 @@ def plain(value):
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items() if k != "seconds"}
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     return value
+
+
+def short_autoattack():
+    "Within, AutoAttack takes a few steps of each attack."
+    from pyautoattack import AutoAttack
+    whole = AutoAttack._set_version
+    def short(self, version):
+        whole(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
+        self.square.n_queries = 30
+    return patch.object(AutoAttack, "_set_version", short)
 
 
 def contents(outputs):

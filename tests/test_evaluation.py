@@ -17,7 +17,7 @@ from adaptive_at import datasets as ds
 from adaptive_at.attacks import FGSM, PGD, Margin, UniformStart
 from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, pack, paired, unpack, wilson)
 from adaptive_at.networks import fingerprint
-from helpers import digits, narrow, numbers, random_data, robust_digits, same, wavy
+from helpers import digits, narrow, numbers, random_data, robust_digits, same, short_autoattack, wavy
 
 
 def some_digits(n, first=0):
@@ -31,14 +31,9 @@ def part(images, index): return Images(images.x[index], images.y[index], images.
 # AutoAttack
 
 @pytest.fixture
-def short(monkeypatch):
+def short():
     "The standard ensemble with a few steps of each attack."
-    whole = Ensemble._set_version
-    def shortened(self, version):
-        whole(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
-        self.square.n_queries = 30
-    monkeypatch.setattr(Ensemble, "_set_version", shortened)
+    with short_autoattack(): yield
 
 
 @pytest.fixture

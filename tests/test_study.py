@@ -2,8 +2,10 @@
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
+from adaptive_at.frontier import draw
 from adaptive_at.papers.study import STUDIED, TABLE, VARIANTS, frontier
 from adaptive_at.parameters import TABLES, about, start
 from adaptive_at.plans import Plan, settle
@@ -21,6 +23,7 @@ def test_rows_differ_in_their_method_only(tmp_path, preset):
     common = {row: (r.dataset, r.content, r.network, r.augment, r.monitor, r.seed, r.training) for row, r in runs.items() if not r.start}
     assert len(set(common.values())) == 1
     assert {row for row, r in runs.items() if r.start} == {row for row in VARIANTS if row.startswith("DRA")} and all(r.start == runs["Natural"] for r in runs.values() if r.start)
+    assert {r.training.lr for r in runs.values() if r.start} == {0.01} != {r.training.lr for r in runs.values() if not r.start}  # fine-tuning has a rate of its own
     methods = [r.method for r in runs.values()]
     assert all(a != b for i, a in enumerate(methods) for b in methods[:i])  # no variant that is another one under a second name
 
@@ -55,6 +58,17 @@ def test_the_frontier_has_a_point_with_its_intervals_for_every_row(tmp_path):
     assert points == sorted((v + 20, v) for v in told.values())
     assert {t.get_text() for t in left.texts} - {""} == set(STUDIED)
     assert {t.get_text() for t in fig.legends[0].get_texts()} == {"baselines", "DAAT", "IAAT", "SAAT", "CAT", "front"}
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("naturals", [(45., 52.), (97., 98.), (40., 99.)])
+def test_the_frontiers_axis_is_readable_however_near_the_points_are(naturals):
+    points = pd.DataFrame([{"row": f"r{i}", "run": f"{i}", "paper": "DAAT", "cost": 100 + 50 * i, "front": True} | dict.fromkeys(("natural", "natural_low", "natural_high"), natural) | dict.fromkeys(("AA", "AA_low", "AA_high"), 30. - i)
+                           for i, natural in enumerate(naturals)])
+    fig = draw(points)
+    for ax in fig.axes:
+        low, high = sorted(ax.get_xlim())
+        assert sum(low <= tick <= high for tick in ax.get_xticks()) >= 2 and all(t.get_text() for t in ax.get_xticklabels())
     plt.close(fig)
 
 

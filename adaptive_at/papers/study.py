@@ -10,7 +10,7 @@ import pandas as pd
 from ..attacks import PGD
 from ..cat import cat, cat_v0, cat_v2
 from ..datasets import Augment
-from ..dra import dra_finetune
+from ..dra import FINE_TUNE, dra_finetune
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..frontier import cost, draw, front
 from ..iaat import iaat
@@ -47,7 +47,7 @@ def extra_rows(p):
         'CAT, minus_eta':                cat(p.eps, outcome='minus_eta'),
         "CAT, authors' code, v0":        cat_v0(p.eps),
         "CAT, authors' code, v2":        cat_v2(p.eps),
-        **{f'DRA, factor {k}': Row(dra_finetune(p.eps, factor=float(k)), start='Natural') for k in FACTORS},
+        **{f'DRA, factor {k}': Row(dra_finetune(p.eps, factor=float(k)), FINE_TUNE, start='Natural') for k in FACTORS},
     }
 
 FACTORS = (1, 2, 4)

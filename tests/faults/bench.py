@@ -23,7 +23,7 @@ from adaptive_at.plans import PRESETS, Row
 from adaptive_at.runs import Store
 from adaptive_at.saat import saat_up
 from adaptive_at.weights import AT_AWP
-from helpers import OneLayer, contents
+from helpers import OneLayer, contents, short_autoattack
 
 METHODS = ["DAAT", "DAAT-TRADES", "MART", "FAT", "SAAT_up with AWP", "IAAT", "CAT", "DRA"]   # and Natural, which DRA starts from
 COLUMNS = ["natural", "PGD-20", "AA", "transfer"]
@@ -47,16 +47,10 @@ FAULTY = replace(TABLE, rows=rows, columns=columns, more_columns=lambda p: {}, e
 @contextlib.contextmanager
 def tiny():
     "A preset that takes seconds: one layer, batches of 32, every evaluation in batches of 7, checkpoints after every batch, AutoAttack with a few steps, one core."
-    from pyautoattack import AutoAttack as Ensemble
-    whole = Ensemble._set_version
-    def short(self, version):
-        whole(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
-        self.square.n_queries = 20
     def batched(*args, **kwargs): return replace(evaluation(*args, **kwargs), batch=7)
     evaluation, quick = plans.evaluation, PRESETS["quick"]
     small = replace(quick, network="one layer", training=replace(quick.training, batch=32), monitor_examples=20, monitor_every=1, aa_examples=10)
-    with patch.dict(networks.NETWORKS, {"one layer": OneLayer()}), patch.dict(PRESETS, {"quick": small}), patch.object(Ensemble, "_set_version", short), \
+    with patch.dict(networks.NETWORKS, {"one layer": OneLayer()}), patch.dict(PRESETS, {"quick": small}), short_autoattack(), \
          patch.object(plans, "evaluation", batched), patch.object(plans, "cores", lambda: 1), patch.object(Store, "every", -1.): yield
 
 
