@@ -130,8 +130,8 @@ def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
             found[b.name] = folder / f"{b.name}-{hashlib.sha256(library + b.path.read_bytes()).hexdigest()[:16]}.ipynb"
             if not found[b.name].exists(): waiting[b.name] = b
     for old in set(folder.iterdir()) - set(found.values()): old.unlink()
-    context = multiprocessing.get_context("forkserver")  # a fresh process for each, with torch imported once
-    context.set_forkserver_preload(["torch", "matplotlib.pyplot", "pandas", "execnb.shell"])
+    context = multiprocessing.get_context("forkserver")  # a fresh process for each, with the libraries imported once
+    context.set_forkserver_preload(["nbformat", "nbdev.processors", "sphinx.cmd.build", "execnb.shell", "torch._dynamo", "torchvision", "sklearn.datasets", "seaborn", "pandas.io.formats.style", "filelock"])  # what this file and notebooks import
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context, max_tasks_per_child=1) as pool:
         names = {pool.submit(execute, b.path, found[b.name]): b.name for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
         try: took = {names[job]: job.result() for job in as_completed(names)}
