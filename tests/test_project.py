@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from email import message_from_bytes
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -88,6 +89,12 @@ def test_wheel_holds_the_printed_numbers(config, tmp_path):
     metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["Requires-Python"] == f">={config['min_python']}"
     assert set(metadata.get_all("Provides-Extra")) == {"dev", "corruptions", "bench"}
+
+
+def test_a_library_notebook_is_titled_with_its_module_once():
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        head = nbformat.read(path, 4).cells[0].source
+        assert re.findall("^# (.+)", head, re.M) == [path.stem.partition("_")[2]] and len(re.findall("^> .+", head, re.M)) == 1, path.name
 
 
 def test_table_notebooks_are_ready_for_papermill():
