@@ -92,6 +92,7 @@ def _begin(job: Callable[[Tell], None], running: selectors.BaseSelector) -> None
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a job does not outlive the notebook
         if os.getppid() != parent: os._exit(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # OpenMP would wait for ever for the parent's threads, which a fork does not have
         job(lambda line: os.write(writing, f'{line}\n'.encode()))
         status = 0
     except KeyboardInterrupt as e:
