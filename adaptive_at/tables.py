@@ -92,7 +92,7 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
         if isinstance(attacked, Transfer) and clearly(pgd, result, 0): told.append(f'black-box beats white-box, so {name} overestimates the robustness')
         if isinstance(attacked, WhiteBox) and clearly(result, pgd, 0): told.append(f'more steps help less than the fewer of {name}')
         if isinstance(attacked, WhiteBox) and clearly(pgd, result, 8): told.append(f'far below {name}, which had not converged')
-    if natural and 'scores' not in result and clearly(result, natural, 0): told.append('higher than the natural accuracy')
+    if natural and attacked.part == 'test' and 'scores' not in result and clearly(result, natural, 0): told.append('higher than the natural accuracy')
     return told
 
 
