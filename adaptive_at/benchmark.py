@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'PARAMETERS', 'TARGETS', 'EPOCH', 'LOOPS', 'IDLE', 'SWEEPS',
            'swept', 'memory', 'bf16', 'measure', 'frame', 'write', 'listing', 'draw', 'report']
 
 # %% ../nbs/97_benchmark.ipynb #2cd81f39
-import copy, json, math, re, statistics, subprocess, sys, time
+import copy, json, math, os, re, statistics, subprocess, sys, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -486,6 +486,7 @@ IDLE = {f'aten::{op}' for op in 'empty empty_strided empty_like view as_strided 
 def kernels(bench: Bench, model: Classifier, precision: str = 'fp32', batch: int = 128, calls: int = 5) -> list[Line]:
     "The share of a small step's time that is spent in kernels, and in which."
     from torch.profiler import ProfilerActivity, profile
+    os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # else it writes of its start, its end and a missing GPU into the page
     cuda = bench.device.type == 'cuda'
     step = our_step(small_task(bench, batch), at(bench.eps), precision, model.state_dict())
     for _ in range(2): step()
