@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                                                                    'adaptive_at/attacks.py'),
                                      'adaptive_at.attacks.PGD': ('attacks.html#pgd', 'adaptive_at/attacks.py'),
                                      'adaptive_at.attacks.PGD.__call__': ('attacks.html#pgd.__call__', 'adaptive_at/attacks.py'),
+                                     'adaptive_at.attacks.PGD._until_broken': ('attacks.html#pgd._until_broken', 'adaptive_at/attacks.py'),
                                      'adaptive_at.attacks.PGD.step': ('attacks.html#pgd.step', 'adaptive_at/attacks.py'),
                                      'adaptive_at.attacks.UniformStart': ('attacks.html#uniformstart', 'adaptive_at/attacks.py'),
                                      'adaptive_at.attacks.UniformStart.__call__': ( 'attacks.html#uniformstart.__call__',

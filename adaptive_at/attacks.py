@@ -8,6 +8,7 @@ __all__ = ['per_example', 'project', 'CrossEntropy', 'KL', 'Margin', 'UniformSta
 
 # %% ../nbs/30_attacks.ipynb #ac9d7a0b
 from dataclasses import dataclass
+from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import Milestones
@@ -96,6 +97,7 @@ class PGD:
     start: UniformStart|NormalStart|CleanStart = UniformStart()
     mode: str = 'eval'                    # batch norm: 'eval' (TRADES, MART, FAT, DAAT), or 'train' (Madry, Rice), which moves the running statistics
     success: str = 'last'                 # or 'any'
+    look: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
 
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
@@ -109,11 +111,23 @@ class PGD:
         with in_mode(model, self.mode), folded(model):
             target = self.loss.target(model, x, y)
             x_adv = self.start(x, eps, noise)
-            for t in range(self.steps):
-                grad, logits = gradient(model, x_adv, self.loss, target)
-                stepped = self.step(x_adv, grad, x, eps, noise, t)
-                x_adv = stepped if self.success == 'last' else torch.where(hit(logits, y, x), x_adv, stepped)
+            if self.success == 'any': return self._until_broken(model, x_adv, x, y, target, eps, noise)
+            for t in range(self.steps): x_adv = self.step(x_adv, gradient(model, x_adv, self.loss, target)[0], x, eps, noise, t)
         return x_adv
+
+    def _until_broken(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor, eps: Tensor, noise: Noise) -> Tensor:
+        "Each example's first misclassified iterate, its last one where there is none. Those broken are left out from the next look on: every number of the others is their own, so they do not notice."
+        ends, place = torch.empty_like(x), torch.arange(len(x), device=x.device)   # what is returned, and where those still in the batch belong in it
+        for t in range(self.steps):
+            grad, logits = gradient(model, x_adv, self.loss, target)
+            broken = hit(logits, y, x)
+            x_adv = torch.where(broken, x_adv, self.step(x_adv, grad, x, eps, noise, t))
+            if (t + 1) % self.look == 0 and self.mode == 'eval':   # in train mode they would notice: the batch is normalised as a whole
+                ends[place], left = x_adv, (~broken).flatten().nonzero()[:, 0]
+                if not len(left): return ends
+                x_adv, x, y, target, eps, noise, place = (v[left] for v in (x_adv, x, y, target, eps, noise, place))
+        ends[place] = x_adv
+        return ends
 
     def step(self, x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor, noise: Noise, t: int) -> Tensor:
         "One step along the sign of the gradient, projected."

@@ -403,6 +403,46 @@ def test_counting_any_iterate_leaves_at_most_as_many_standing(seed, restarts, lo
     assert not (verdict["any"] & ~verdict["last"]).any()
 
 
+@pytest.mark.parametrize("loss", LOSSES[:2])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_closing_ranks_saves_passes_and_changes_no_adversary(restarts, loss, monkeypatch):
+    model, x, y = wavy(40)
+    eps, stream, images = torch.linspace(0., 0.12, 40), noise(40), []
+    model.conv.register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
+    whole = PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream)
+    found = {}
+    for look in (1, 2, 5, 12, 1000):
+        monkeypatch.setattr(PGD, "look", look)
+        assert torch.equal(PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream), whole)   # each example with its own radius
+        images.clear()
+        found[look] = *restarted(PGD(0.03, 12, loss, success="any"), model, x, y, 0.05, stream, restarts), sum(images)
+    x_adv, standing, passes = found[1000]   # nobody is left out
+    assert 5 < standing.sum() < 25
+    for look, (other, verdict, count) in found.items(): assert torch.equal(other, x_adv) and torch.equal(verdict, standing), look
+    counts = [found[look][2] for look in (1, 2, 5, 12)]
+    assert counts[0] < counts[1] < counts[2] < counts[3] == passes
+    stand, beside = int(standing.sum()), loss == KL()   # beside the steps: two verdicts, and KL's clean prediction once a restart
+    assert counts[0] <= restarts * stand * (12 + 1 + beside) + 40 + (40 - stand) * (12 + 2 + beside)   # nobody broken is attacked again
+
+
+def test_everybody_may_be_broken_at_once():
+    model, x, y = wavy(12)
+    y = (model(x).argmax(1) + 1) % 3
+    attack = PGD(0.03, 30, start=CleanStart(), success="any")
+    calls = []
+    model.conv.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    assert torch.equal(attack(model, x, y, 0.1, noise(12)), x) and calls == [12] * PGD.look
+
+
+def test_ranks_stay_open_where_the_batch_is_normalised_as_a_whole(monkeypatch):
+    model, x, y = narrow(classes=3), numbers(12, 1, 8, 8), labels(12, 3)
+    ends = []
+    for look in (1, 1000):
+        monkeypatch.setattr(PGD, "look", look)
+        ends.append(PGD(0.03, 5, mode="train", success="any")(model, x, y, 0.1, noise(12)))
+    assert torch.equal(*ends)
+
+
 def test_more_restarts_break_more():
     model, x, y = wavy(60, wrong=1000)
     stands = [int(restarted(PGD(0.03, 1), model, x, y, 0.04, noise(60), r)[1].sum()) for r in (0, 1, 2, 8)]
