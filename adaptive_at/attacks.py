@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import Milestones
 from .networks import folded, in_mode
-from .streams import Noise, key
+from .streams import Noise, joined, key
 
 # %% ../nbs/30_attacks.ipynb #63703913
 def per_example(
@@ -189,10 +189,13 @@ def restarted(
     restarts: int = 1
 ) -> tuple[Tensor, Tensor]: # adversarial images [B,C,H,W], and which examples still stand [B] (bool)
     "The first restart that fools the model, per example (the last one where none does)."
-    x_adv, standing = x.clone(), model(x).argmax(1) == y
-    for r in range(restarts):
-        i = standing.nonzero()[:, 0]
-        if not len(i): break
-        x_adv[i] = attack(model, x[i], y[i], eps, noise[i].of('restart', r))
-        standing[i] = model(x_adv[i]).argmax(1) == y[i]
+    x_adv, standing, r = x.clone(), model(x).argmax(1) == y, 0
+    while r < restarts and len(i := standing.nonzero()[:, 0]):
+        n, there = min(restarts - r, len(x) // len(i)), torch.arange(len(i), device=x.device)   # as many restarts side by side as the batch has room for
+        again, theirs = x[i].repeat(n, *[1] * (x.dim() - 1)), y[i].repeat(n)
+        tried = attack(model, again, theirs, eps, joined([noise[i].of('restart', r + k) for k in range(n)]))
+        fooled = (model(tried).argmax(1) != theirs).view(n, -1)
+        first = torch.where(fooled.any(0), fooled.int().argmax(0), n - 1)
+        x_adv[i], standing[i] = tried.view(n, len(i), *x.shape[1:])[first, there], ~fooled.any(0)
+        r += n
     return x_adv, standing
