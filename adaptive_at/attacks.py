@@ -83,7 +83,7 @@ def gradient(model: nn.Module, x: Tensor, loss, target: Tensor) -> tuple[Tensor,
     "Gradient of the summed loss with respect to `x`, and the logits."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)
+        logits = getattr(model, 'imaged', model)(x)   # a compiled graph, where a run has one: see `compiled`
         grad, = torch.autograd.grad(loss(logits, target).sum(), x)
     return grad, logits.detach()
 
