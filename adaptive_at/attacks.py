@@ -8,11 +8,12 @@ __all__ = ['per_example', 'project', 'CrossEntropy', 'KL', 'Margin', 'UniformSta
 
 # %% ../nbs/30_attacks.ipynb #ac9d7a0b
 from dataclasses import dataclass
+from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import Milestones
 from .networks import folded, in_mode
-from .streams import Noise, key
+from .streams import Noise, joined, key
 
 # %% ../nbs/30_attacks.ipynb #63703913
 def per_example(
@@ -82,7 +83,7 @@ def gradient(model: nn.Module, x: Tensor, loss, target: Tensor) -> tuple[Tensor,
     "Gradient of the summed loss with respect to `x`, and the logits."
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)
+        logits = getattr(model, 'imaged', model)(x)   # a compiled graph, where a run has one: see `compiled`
         grad, = torch.autograd.grad(loss(logits, target).sum(), x)
     return grad, logits.detach()
 
@@ -96,6 +97,7 @@ class PGD:
     start: UniformStart|NormalStart|CleanStart = UniformStart()
     mode: str = 'eval'                    # batch norm: 'eval' (TRADES, MART, FAT, DAAT), or 'train' (Madry, Rice), which moves the running statistics
     success: str = 'last'                 # or 'any'
+    look: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
 
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
@@ -109,11 +111,23 @@ class PGD:
         with in_mode(model, self.mode), folded(model):
             target = self.loss.target(model, x, y)
             x_adv = self.start(x, eps, noise)
-            for t in range(self.steps):
-                grad, logits = gradient(model, x_adv, self.loss, target)
-                stepped = self.step(x_adv, grad, x, eps, noise, t)
-                x_adv = stepped if self.success == 'last' else torch.where(hit(logits, y, x), x_adv, stepped)
+            if self.success == 'any': return self._until_broken(model, x_adv, x, y, target, eps, noise)
+            for t in range(self.steps): x_adv = self.step(x_adv, gradient(model, x_adv, self.loss, target)[0], x, eps, noise, t)
         return x_adv
+
+    def _until_broken(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor, eps: Tensor, noise: Noise) -> Tensor:
+        "Each example's first misclassified iterate, its last one where there is none. Those broken are left out from the next look on: every number of the others is their own, so they do not notice."
+        ends, place = torch.empty_like(x), torch.arange(len(x), device=x.device)   # what is returned, and where those still in the batch belong in it
+        for t in range(self.steps):
+            grad, logits = gradient(model, x_adv, self.loss, target)
+            broken = hit(logits, y, x)
+            x_adv = torch.where(broken, x_adv, self.step(x_adv, grad, x, eps, noise, t))
+            if (t + 1) % self.look == 0 and self.mode == 'eval':   # in train mode they would notice: the batch is normalised as a whole
+                ends[place], left = x_adv, (~broken).flatten().nonzero()[:, 0]
+                if not len(left): return ends
+                x_adv, x, y, target, eps, noise, place = (v[left] for v in (x_adv, x, y, target, eps, noise, place))
+        ends[place] = x_adv
+        return ends
 
     def step(self, x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor, noise: Noise, t: int) -> Tensor:
         "One step along the sign of the gradient, projected."
@@ -175,10 +189,13 @@ def restarted(
     restarts: int = 1
 ) -> tuple[Tensor, Tensor]: # adversarial images [B,C,H,W], and which examples still stand [B] (bool)
     "The first restart that fools the model, per example (the last one where none does)."
-    x_adv, standing = x.clone(), model(x).argmax(1) == y
-    for r in range(restarts):
-        i = standing.nonzero()[:, 0]
-        if not len(i): break
-        x_adv[i] = attack(model, x[i], y[i], eps, noise[i].of('restart', r))
-        standing[i] = model(x_adv[i]).argmax(1) == y[i]
+    x_adv, standing, r = x.clone(), model(x).argmax(1) == y, 0
+    while r < restarts and len(i := standing.nonzero()[:, 0]):
+        n, there = min(restarts - r, len(x) // len(i)), torch.arange(len(i), device=x.device)   # as many restarts side by side as the batch has room for
+        again, theirs = x[i].repeat(n, *[1] * (x.dim() - 1)), y[i].repeat(n)
+        tried = attack(model, again, theirs, eps, joined([noise[i].of('restart', r + k) for k in range(n)]))
+        fooled = (model(tried).argmax(1) != theirs).view(n, -1)
+        first = torch.where(fooled.any(0), fooled.int().argmax(0), n - 1)
+        x_adv[i], standing[i] = tried.view(n, len(i), *x.shape[1:])[first, there], ~fooled.any(0)
+        r += n
     return x_adv, standing

@@ -50,8 +50,8 @@ class Towards:
     "Minus a loss with respect to a drawn wrong class."
     loss: object    # e.g. CrossEntropy()
     draw: Tensor    # uniform numbers in [0,1) [B]
-    def target(self, model, x, y): return y
-    def __call__(self, logits, y): return -self.loss(logits, other_class(y, self.draw, logits.shape[1]))
+    def target(self, model, x, y): return torch.stack([y, self.draw], 1)   # both go with an example wherever it stands in a batch
+    def __call__(self, logits, target): return -self.loss(logits, other_class(target[:, 0].long(), target[:, 1], logits.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -331,8 +331,9 @@ PUBLISHED_EPOCH = 180  # seconds: PGD-10 adversarial training, ResNet-18, CIFAR-
 @dataclass(frozen=True)
 class Cost:
     "The cost model: seconds per image of the two kinds of passes."
-    attack: float   # forward, and the gradient of the image
-    update: float   # forward, the gradients of the weights, and the optimiser's step
+    attack: float   # forward, and the gradient of the image, in the run's precision
+    update: float   # forward, the gradients of the weights, and the optimiser's step, likewise
+    judging: float  # an attack's pass in fp32: what is evaluated or monitored is so in every run
 
     def epoch(self, method: Method, n: int) -> float:
         "Seconds of an epoch of `n` images, monitoring aside."
@@ -342,7 +343,7 @@ class Cost:
         "Seconds of a whole run, monitoring included."
         n, monitor = run.train_examples or info.n_train, run.monitor
         monitored = 2 * min(monitor.examples or n, info.n_test) + min(monitor.examples or n, info.n_val)
-        return run.training.epochs * (self.epoch(run.method, n) + monitored * (monitor.attack.steps + 1) / monitor.every * self.attack)
+        return run.training.epochs * (self.epoch(run.method, n) + monitored * (monitor.attack.steps + 1) / monitor.every * self.judging)
 
 
 @lru_cache
@@ -356,7 +357,7 @@ def flops(network: networks.Network, classes: int, shape: tuple[int, int, int]) 
 def published_cost(network: networks.Network, info: DatasetInfo) -> Cost:
     "The cost on a GPU where a ResNet-18 takes the published time; an update computes half as much again as an attack's pass."
     passed = PUBLISHED_EPOCH / (50_000 * 11.5) * flops(network, len(info.classes), info.shape) / flops(networks.ResNet18(), 10, (3, 32, 32))
-    return Cost(passed, 1.5 * passed)
+    return Cost(passed, 1.5 * passed, passed)
 
 
 @lru_cache
@@ -376,10 +377,14 @@ def measured_cost(network: networks.Network, info: DatasetInfo, device: torch.de
         began = time.perf_counter()
         work()
         return (time.perf_counter() - began) / (3 * batch)
-    with threads(network.threads), torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+    def fastest(work, lower: bool) -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=lower):
+            work()   # once to warm up
+            return min(taken(work) for _ in range(3))
+    with threads(network.threads):
         model.train()
-        attack(), update()   # once to warm up
-        return Cost(*(min(taken(work) for _ in range(3)) for work in (attack, update)))
+        attacked, updated = (fastest(work, precision == 'bf16') for work in (attack, update))
+        return Cost(attacked, updated, fastest(attack, False) if precision == 'bf16' else attacked)
 
 
 def disk(run: Run, info: DatasetInfo) -> int:
@@ -441,7 +446,7 @@ def left(self:Plan, block: Block, row: str) -> Left:
     if not begun and not waiting: return Left([], [])   # nothing is measured
     cost = self.cost(runs[0], info)
     n = {c: self.examples(block, c) or (info.n_train if block.columns[c].part == 'train' else info.n_test) for c in set(waiting)}
-    evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.attack
+    evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.judging
     return Left(begun, waiting, sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun), evaluating)
 
 

@@ -9,12 +9,13 @@ __all__ = ['versions', 'hardware', 'read', 'restored', 'set_aside', 'fingerprint
 # %% ../nbs/80_runs.ipynb #e3cdeb80
 import csv, hashlib, io, os, platform, re, time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 import numpy as np, torch
 from torch import nn
+from .compiled import path
 from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
@@ -199,7 +200,7 @@ class Store:
         folder = self.folder(run)
         if self.finished(run) or self.facts(run).get('diverged'): return False
         made = self.facts(run).get('made with', [])  # a resumed run takes the threads it began with
-        with locked(folder/'lock', tell, wait), threads(made[0]['threads'] if made else run.network.threads) as n:
+        with locked(folder/'lock', tell, wait), threads(made[0]['threads'] if made else run.network.threads) as n, ExitStack() as held:
             if self.finished(run) or self.facts(run).get('diverged'): return False  # another process was here
             for left in folder.glob('.*.part'): left.unlink()  # by a process that was killed
             if (folder/'history.csv').exists() and not self.history(run): tell(f'history.csv of {folder.name} does not agree with spec.json; it is made anew from the last checkpoint')
@@ -209,8 +210,9 @@ class Store:
                     self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait)
                     state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
-            now = versions() | {'device': hardware(device), 'threads': n}
-            facts = {'run': describe(run), 'made with': [now] if new else made if made[-1:] == [now] else [*made, now]}
+            way = held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell)) if state.epoch < run.training.epochs else (made or [{}])[-1].get('path', 'eager')
+            now = versions() | {'device': hardware(device), 'threads': n, 'path': way}
+            facts = {'run': describe(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_sealed(folder/'spec.json', facts)
             if not new:
                 tell(f'continuing after {_reached(run, state)}')

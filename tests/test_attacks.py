@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptive_at.attacks import (FGSM, KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, Margin, NoAttack, NormalStart, UniformStart, gradient, per_example,
                                  project, restarted)
+from adaptive_at.iaat import RandomTargetPGD
 from helpers import buffers, labels, narrow, noise, numbers, same, seeded, wavy
 
 LOSSES = [CrossEntropy(), KL(), Margin(), Margin(0.)]
@@ -401,6 +402,63 @@ def test_counting_any_iterate_leaves_at_most_as_many_standing(seed, restarts, lo
     model, x, y = wavy(14, seed=seed)
     verdict = {s: restarted(PGD(0.03, 4, loss, success=s), model, x, y, 0.06, noise(14), restarts)[1] for s in ("last", "any")}
     assert not (verdict["any"] & ~verdict["last"]).any()
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_closing_ranks_saves_passes_and_changes_no_adversary(restarts, loss, monkeypatch):
+    model, x, y = wavy(40)
+    eps, stream, images = torch.linspace(0., 0.12, 40), noise(40), []
+    model.conv.register_forward_pre_hook(lambda module, args: images.append(len(args[0])))
+    whole = PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream)
+    found = {}
+    for look in (1, 2, 5, 12, 1000):
+        monkeypatch.setattr(PGD, "look", look)
+        assert torch.equal(PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream), whole)   # each example with its own radius
+        images.clear()
+        found[look] = *restarted(PGD(0.03, 12, loss, success="any"), model, x, y, 0.05, stream, restarts), sum(images)
+    x_adv, standing, passes = found[1000]   # nobody is left out
+    assert 5 < standing.sum() < 25
+    for look, (other, verdict, count) in found.items(): assert torch.equal(other, x_adv) and torch.equal(verdict, standing), look
+    counts = [found[look][2] for look in (1, 2, 5, 12)]
+    assert counts[0] < counts[1] < counts[2] < counts[3] == passes
+    assert counts[0] < 0.8 * passes
+
+
+@pytest.mark.parametrize("success", ["last", "any"])
+@pytest.mark.parametrize("attack", [PGD(0.03, 4), PGD(0.03, 4, KL(), NormalStart(0.01)), FriendlyPGD(0.03, 4, omega=0.01), RandomTargetPGD(0.03, 4)])
+def test_restarts_side_by_side_are_those_one_by_one(attack, success, monkeypatch):
+    monkeypatch.setattr(PGD, "look", 2)
+    model, x, y = wavy(40, classes=4)
+    attack, stream, sizes = replace(attack, success=success), noise(40), []
+    model.conv.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x_adv, standing = restarted(attack, model, x, y, 0.06, stream, 7)
+    side, sizes[:] = len(sizes), []
+    wanted, stands = x.clone(), model(x).argmax(1) == y
+    for r in range(7):
+        i = stands.nonzero()[:, 0]
+        wanted[i] = attack(model, x[i], y[i], 0.06, stream[i].of("restart", r))
+        stands[i] = model(wanted[i]).argmax(1) == y[i]
+    assert torch.equal(standing, stands) and torch.equal(x_adv, wanted) and 0 < int(stands.sum()) <= 20
+    assert side < len(sizes) - 5
+
+
+def test_everybody_may_be_broken_at_once():
+    model, x, y = wavy(12)
+    y = (model(x).argmax(1) + 1) % 3
+    attack = PGD(0.03, 30, start=CleanStart(), success="any")
+    calls = []
+    model.conv.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    assert torch.equal(attack(model, x, y, 0.1, noise(12)), x) and calls == [12] * PGD.look
+
+
+def test_ranks_stay_open_where_the_batch_is_normalised_as_a_whole(monkeypatch):
+    model, x, y = narrow(classes=3), numbers(12, 1, 8, 8), labels(12, 3)
+    ends = []
+    for look in (1, 1000):
+        monkeypatch.setattr(PGD, "look", look)
+        ends.append(PGD(0.03, 5, mode="train", success="any")(model, x, y, 0.1, noise(12)))
+    assert torch.equal(*ends)
 
 
 def test_more_restarts_break_more():

@@ -1,6 +1,7 @@
 "The benchmark's structure at a tiny size: turns, ratios, what it compares with, what it writes. No clock decides."
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -100,7 +101,11 @@ def test_all_parts_at_a_tiny_size(bench, monkeypatch):
     assert (steps.n == 2).all() and {*steps.target.dropna()} == {0.60, 0.32, 0.62, 0.33, 1.15}
     assert set(found[found.part == "rules"].way) == {"AT", "DAAT", "FAT", "IAAT", "SAAT", "CAT", "TRADES", "DAAT-TRADES", "MART"}
     accuracies = found[found.metric == "robust accuracy"]
-    assert {*accuracies.way} == {"PGD-20, ours", "PGD-20, torchattacks", "PGD-20, foolbox", *(f"PGD-100x2, {who}" for who in ("ours", "torchattacks", "torchattacks, MultiAttack", "foolbox"))}
+    assert {*accuracies.way} == {"PGD-20, ours", "PGD-20, torchattacks", "PGD-20, foolbox", *(f"PGD-100x2, {who}" for who in ("ours", "ours, any iterate", "torchattacks", "torchattacks, MultiAttack", "foolbox"))}
+    kept = accuracies.set_index("way").value
+    assert kept["PGD-100x2, ours, any iterate"] <= kept["PGD-100x2, ours"]
+    aimed = found[(found.part == "evaluation") & (found.target == 0.40)]
+    assert [*zip(aimed.way, aimed.reference)] == [("PGD-100x2, ours, any iterate", "torchattacks")]
     fidelity = found[(found.part == "fidelity") & (found.precision == "fp32")].set_index("metric").value
     assert all((fidelity[f"{what} loss, same images"] <= 1e-5).all() for what in ("attack's", "update's")) and (fidelity["same sign of the gradient"] > 99).all() and fidelity["verdicts that differ"] == 0
     assert len(found[found.metric == "exponent"]) == 3
@@ -108,6 +113,15 @@ def test_all_parts_at_a_tiny_size(bench, monkeypatch):
     assert len(share) == 2 and share.between(1, 100).all()
     draw(found, bench)
     for part in PARTS: listing(found, part, bench)
+
+
+def test_the_steps_can_be_compiled_too(bench, monkeypatch):
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **options, backend="aot_eager"))
+    monkeypatch.setattr(benchmark, "ceilings", lambda batch, device, precision: {})
+    monkeypatch.setattr(benchmark, "loop_step", lambda *args, **options: lambda: None)
+    found = benchmark.steps(replace(bench, compile=True, precisions=("fp32",)), 6, tell=lambda line: None)
+    assert {"AT, ours, compiled", "TRADES, ours, compiled"} <= {line.way for line in found}
 
 
 def test_a_part_that_is_not_measured_stays(bench):
@@ -123,7 +137,7 @@ def test_a_library_that_is_missing_is_named(bench, monkeypatch):
     lines = benchmark.attacks(bench, narrow().eval(), tell=lambda line: None)
     needs = {line.way: line.note for line in lines if line.note}
     assert needs["PGD-20, torchattacks"] == "needs torchattacks: pip install 'adaptive_at[bench]'" and "foolbox" in needs["PGD-100x2, foolbox"]
-    assert {line.way for line in lines if line.n} == {"PGD-20, ours", "PGD-100x2, ours"}
+    assert {line.way for line in lines if line.n} == {"PGD-20, ours", "PGD-100x2, ours", "PGD-100x2, ours, any iterate"}
     assert "needs torchattacks" in listing(frame(lines, bench), "evaluation", bench).to_html()
 
 
