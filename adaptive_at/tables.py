@@ -100,8 +100,9 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
 def concerns(self:Results, run: Run) -> list[str]:
     "What is to be known of a run's training; read once."
     if run.id not in self.concerned:
-        devices = list(dict.fromkeys(str(m.get('device')) for m in self.plan.store.facts(run).get('made with', [])))
-        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'continued on another device ({", then ".join(devices)})'] * (len(devices) > 1)
+        made = self.plan.store.facts(run).get('made with', [])
+        ways = {'continued on another device': [str(m.get('device')) for m in made], 'continued on another execution path': [m.get('path', 'eager') for m in made]}
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1]
     return self.concerned[run.id]
 
 
