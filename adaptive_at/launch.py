@@ -62,8 +62,8 @@ def spoken_resources(threads: int|None, device: str) -> str:
 # %% ../nbs/83_launch.ipynb #8d0da828
 PATIENCE = 60.      # seconds for a cluster to answer
 STARTING = 600.     # seconds for a machine of it to start a process and import what it needs
-QUIET = dict(log_to_driver=False, logging_level='ERROR')
-JOINS = 'import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR"); ray.shutdown()'
+QUIET = dict(log_to_driver=False, logging_level='CRITICAL')
+JOINS = 'import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL"); ray.shutdown()'
 
 
 def installed() -> None:
@@ -92,10 +92,14 @@ def joined(address: str) -> Iterator[Any]:
         yield ray
         return
     if address: reached(address)
-    try:
-        if address: ray.init(address=address, **QUIET)
-        else: ray.init(address='local', num_cpus=cores(), include_dashboard=False, object_store_memory=100 * 2**20, **QUIET)
-    except Exception as e: raise UserError(f"Ray could not be {'joined at ' + address if address else 'started on this machine'} ({' '.join(str(e).split()).rstrip('.')}); run the same command again, without launcher ray if that does not help.") from e  # Ray raises a dozen types
+    for left in (2, 1, 0):
+        try:
+            if address: ray.init(address=address, **QUIET)
+            else: ray.init(address='local', num_cpus=cores(), include_dashboard=False, object_store_memory=100 * 2**20, **QUIET)
+            break
+        except Exception as e:   # Ray raises a dozen types; on a machine that is very busy, its processes may miss each other's 15 seconds
+            ray.shutdown()
+            if not left: raise UserError(f"Ray could not be {'joined at ' + address if address else 'started on this machine'} ({' '.join(str(e).split()).rstrip('.')}); run the same command again, without launcher ray if that does not help.") from e
     try: yield ray
     finally: ray.shutdown()
 
@@ -128,10 +132,10 @@ def shared(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     token, word = folder/f'.seen-{uuid.uuid4().hex}', uuid.uuid4().hex
-    asking = ray.remote(_look).options(num_cpus=0, max_retries=RETRIES)
+    asking = ray.remote(_look)
     try:
         write_text(token, word)
-        asked = [(n['NodeManagerHostname'], asking.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n['NodeID'], soft=False)).remote(token, word)) for n in nodes]
+        asked = [(n['NodeManagerHostname'], asking.options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=NodeAffinitySchedulingStrategy(n['NodeID'], soft=False)).remote(token, word)) for n in nodes]
         for machine, answer in asked:
             try: wrong = ray.get(answer, timeout=STARTING)
             except ray.exceptions.GetTimeoutError: raise UserError(f'the machine {machine} of the Ray cluster does not answer; take it out of the cluster or start Ray there again.') from None
