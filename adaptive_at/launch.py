@@ -78,7 +78,7 @@ def reached(address: str) -> None:
         tried = subprocess.run([sys.executable, '-c', JOINS, address], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
         if tried.returncode == 0: return
         reason = ' '.join((tried.stderr.strip().splitlines() or [f'exit code {tried.returncode}'])[-1].split()).rstrip('.')[:300]
-    raise UserError(f'address is {address!r}, where no Ray cluster could be joined ({reason}); write auto on a machine of the cluster, HOST:6379 from there, ray://HOST:10001 from elsewhere, or leave it empty to start Ray on this machine.')
+    raise UserError(f'address is {address!r}, where no Ray cluster could be joined ({reason}); write auto on a machine of the cluster, HOST:6379 from there, ray://HOST:10001 from elsewhere (with RAY_AUTH_MODE=token in the environment where the cluster has a token), or leave it empty to start Ray on this machine.')
 
 
 @contextmanager

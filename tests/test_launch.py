@@ -105,10 +105,10 @@ def test_a_table_on_ray_has_the_numbers_of_one_process(ray, serial, tmp_path):
     assert contents(tmp_path) == serial
     assert re.fullmatch(r"Ray: 1 machine, \d+ CPUs?", said[0])
     assert sum(bool(re.match(r"(DAAT|Natural|Standard AT): epoch ", line)) for line in said) == 3 * 4 and len(set(said)) == len(said)
-    assert said[-1].startswith("0 runs from the store, 3 trained; 0 evaluations from the store, 5 made")
+    assert said[-1].startswith("0 runs from the store, 3 trained; 0 evaluations from the store, 6 made")
     assert not [p for p in tmp_path.rglob(".*") if p.name.startswith(".seen")]
     execute(planned(tmp_path), said.append)
-    assert said[-1].startswith("3 runs from the store, 0 trained; 5 evaluations from the store, 0 made")
+    assert said[-1].startswith("3 runs from the store, 0 trained; 6 evaluations from the store, 0 made")
 
 
 def test_workers_that_are_killed_change_nothing(ray, serial, tmp_path):
