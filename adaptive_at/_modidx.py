@@ -468,6 +468,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                        'adaptive_at.inventory.stored': ('inventory.html#stored', 'adaptive_at/inventory.py'),
                                        'adaptive_at.inventory.written': ('inventory.html#written', 'adaptive_at/inventory.py')},
             'adaptive_at.launch': { 'adaptive_at.launch.Job': ('launch.html#job', 'adaptive_at/launch.py'),
+                                    'adaptive_at.launch.Sent': ('launch.html#sent', 'adaptive_at/launch.py'),
+                                    'adaptive_at.launch.Sent.opened': ('launch.html#sent.opened', 'adaptive_at/launch.py'),
                                     'adaptive_at.launch._counted': ('launch.html#_counted', 'adaptive_at/launch.py'),
                                     'adaptive_at.launch._look': ('launch.html#_look', 'adaptive_at/launch.py'),
                                     'adaptive_at.launch._stop': ('launch.html#_stop', 'adaptive_at/launch.py'),

@@ -86,7 +86,8 @@ def sources(
 def _is_foreign(obj) -> bool:
     "Is this defined by the user: neither in this package, nor in the standard library, nor installed?"
     top = obj.__module__.partition('.')[0]
-    if top in (PACKAGE, 'builtins') or top in sys.stdlib_module_names: return top == '__main__'
+    if top == '__main__': return True   # also in a Ray worker, whose own `__main__` is an installed file
+    if top in (PACKAGE, 'builtins') or top in sys.stdlib_module_names: return False
     where = getattr(sys.modules.get(obj.__module__), '__file__', None) or ''
     return 'site-packages' not in where and 'dist-packages' not in where
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RETRIES', 'SHARE', 'PATIENCE', 'STARTING', 'QUIET', 'JOINS', 'Job', 'stages', 'in_stages', 'resources',
-           'spoken_resources', 'installed', 'reached', 'joined', 'machines', 'unseen', 'shared', 'on_ray']
+           'spoken_resources', 'installed', 'reached', 'joined', 'machines', 'unseen', 'shared', 'Sent', 'on_ray']
 
 # %% ../nbs/83_launch.ipynb #c814b749
-import os, platform, subprocess, sys, tempfile, time, uuid
+import os, pickle, platform, subprocess, sys, tempfile, time, uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -155,6 +155,23 @@ def _look(token: Path, word: str) -> str:
     except OSError as e: return e.strerror or type(e).__name__
 
 # %% ../nbs/83_launch.ipynb #33dabef9
+@dataclass(frozen=True)
+class Sent:
+    "A job on its way to another process."
+    job: bytes                          # pickled; what this notebook or script defines is in it as code, what its modules define only by name
+    digest: str                         # of what it is about
+    sources: dict[str, dict[str, str]]  # of what this notebook or script defines
+    paths: tuple[str, ...]              # where modules are found here
+
+    def opened(self, machine: str) -> Job:
+        "The job, where it has arrived."
+        CARRIED.clear()
+        CARRIED.update(self.sources)
+        sys.path += [p for p in self.paths if p not in sys.path]
+        try: return pickle.loads(self.job)
+        except ImportError as e: raise UserError(f'the machine {machine} of the Ray cluster cannot import {e.name or "what the table uses"}; install it there, or put it where all machines find it.') from None
+
+
 def on_ray(
     jobs: Sequence[Job],     # none before one that it waits for
     address: str,            # of a cluster; empty: Ray starts on this machine
@@ -164,7 +181,7 @@ def on_ray(
 ) -> None:
     "Run all jobs as tasks of a Ray cluster; the first that fails ends the others."
     if not jobs: return
-    sources = carried(describe([job.specs for job in jobs]))
+    sources, paths = carried(describe([job.specs for job in jobs])), tuple(map(os.path.abspath, sys.path))
     with joined(address) as ray:
         from ray.util.queue import Queue
         taken = {job: resources(job.threads, device) for job in jobs}
@@ -178,8 +195,8 @@ def on_ray(
                 for line in lines.get_nowait_batch(lines.qsize()): tell(line)
         try:
             for job in jobs:
-                bare = replace(job, after=())
-                refs[job] = task.options(**taken[job], max_retries=RETRIES).remote(bare, digest(job.specs), sources, int(taken[job]['num_cpus']), device, folder, lines, *(refs[a] for a in job.after))
+                sent = Sent(ray.cloudpickle.dumps(replace(job, after=())), digest(job.specs), sources, paths)
+                refs[job] = task.options(**taken[job], max_retries=RETRIES).remote(sent, int(taken[job]['num_cpus']), device, folder, lines, *(refs[a] for a in job.after))
             left = list(refs.values())
             while left:
                 done, left = ray.wait(left, timeout=0.2)
@@ -198,18 +215,17 @@ def on_ray(
 def _counted(n: float, what: str) -> str: return f'{n:g} {what}' + 's' * (n != 1)
 
 
-def _work(job: Job, expected: str, sources: dict[str, dict[str, str]], threads: int, device: str, folder: Path, lines: Any, *before: None) -> None:
+def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *before: None) -> None:
     "A task, in its own process."
     from ray.exceptions import RayActorError
     def tell(line: str) -> None:
         with suppress(RayActorError): lines.put(line)
-    CARRIED.clear()
-    CARRIED.update(sources)
     machine = platform.node()
     try:
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
         if device == 'cuda' and not torch.cuda.is_available(): raise UserError(f'the PyTorch of the machine {machine} of the Ray cluster ({torch.__version__}) does not see the GPU that Ray gives it; install a build that matches its driver (pytorch.org, "Get Started").')
-        if digest(job.specs) != expected: raise UserError(f'the machine {machine} of the Ray cluster has another version of adaptive_at, or of code of yours, than this one; install the same there.')
+        job = sent.opened(machine)
+        if digest(job.specs) != sent.digest: raise UserError(f'the machine {machine} of the Ray cluster has another version of adaptive_at, or of code of yours, than this one; install the same there.')
         torch.set_num_threads(threads)
         job.work(tell)
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled

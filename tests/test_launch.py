@@ -1,6 +1,7 @@
 "Tables as tasks of Ray: the numbers of this machine alone, workers that are killed, Ctrl-C, and what is refused."
-import importlib.util
+import importlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -221,8 +222,8 @@ def test_a_stopped_table_goes_on(ray, serial, tmp_path, monkeypatch):
 # What fails
 
 class Fails:
-    def __init__(self, error): self.error = error
-    def __call__(self, tell): raise self.error
+    def __init__(self, error, *args): self.error, self.args = error, args
+    def __call__(self, tell): raise self.error(*self.args)
 
 
 class Long:
@@ -235,9 +236,9 @@ class Picky(UserError):
 
 
 def test_the_first_job_that_fails_ends_the_others(ray, tmp_path):
-    with pytest.raises(UserError, match="^the disk is full.$") as caught: on_ray([Job(Long()), Job(Fails(Picky("the disk", "full")))], "", "cpu", tmp_path, lambda line: None)
+    with pytest.raises(UserError, match="^the disk is full.$") as caught: on_ray([Job(Long()), Job(Fails(Picky, "the disk", "full"))], "", "cpu", tmp_path, lambda line: None)
     assert type(caught.value) is UserError and caught.value.__cause__ is None
-    with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError: oh"): on_ray([Job(Fails(ZeroDivisionError("oh")))], "", "cpu", tmp_path, lambda line: None)
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError: oh"): on_ray([Job(Fails(ZeroDivisionError, "oh"))], "", "cpu", tmp_path, lambda line: None)
 
 
 class Dies:
@@ -290,7 +291,7 @@ def test_a_cluster_of_small_machines(ray):
 
 def test_a_gpu_that_the_workers_pytorch_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "does not see the GPU" in sentence(launch._work, Job(Long()), "", {}, 1, "cuda", tmp_path, None)
+    assert "does not see the GPU" in sentence(launch._work, None, 1, "cuda", tmp_path, None)
 
 
 def test_a_folder_that_is_not_shared(ray, tmp_path):
@@ -307,12 +308,22 @@ def test_a_folder_that_is_not_shared(ray, tmp_path):
 
 
 def test_a_machine_that_comes_later_and_does_not_see_the_folder(tmp_path):
-    said = sentence(launch._work, Job(Long()), "", {}, 1, "cpu", tmp_path/"elsewhere", None)
+    said = sentence(launch._work, None, 1, "cpu", tmp_path/"elsewhere", None)
     assert "outputs is" in said and not (tmp_path/"elsewhere").exists()
 
 
 def test_another_version_over_there(tmp_path):
-    assert "another version" in sentence(launch._work, Job(Long(), specs=(1,)), "f00", {}, 1, "cpu", tmp_path, None)
+    sent = launch.Sent(pickle.dumps(Job(Long(), specs=(1,))), "f00", {}, ())
+    assert "another version" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
+
+
+def test_a_module_that_is_not_over_there(tmp_path, monkeypatch):
+    (tmp_path/"mine_alone.py").write_text("def work(tell): pass")
+    with monkeypatch.context() as m:
+        m.syspath_prepend(tmp_path)
+        sent = launch.Sent(pickle.dumps(Job(importlib.import_module("mine_alone").work)), "", {}, ())
+    m.delitem(sys.modules, "mine_alone")
+    assert "cannot import mine_alone; install it there" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
 
 
 # A notebook
