@@ -37,6 +37,7 @@ setup(
         "dev": shlex.split(cfg["dev_requirements"]),
         "corruptions": shlex.split(cfg["corruptions_requirements"]),
         "bench": shlex.split(cfg["bench_requirements"]),
+        "cluster": shlex.split(cfg["cluster_requirements"]),
     },
     entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},
 )

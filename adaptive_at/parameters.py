@@ -44,6 +44,8 @@ COMMON = {
     'train_examples': _numbers('a whole number from 1 on, or 0 for all'),
     'test_examples': _numbers('a whole number from 1 on, or 0 for the preset\'s'),
     'precision': Parameter('', 'fp32, bf16, or empty for the preset\'s', lambda v: v in ('', 'fp32', 'bf16')),
+    'launcher': Parameter('', 'local, ray, or empty for local', lambda v: v in ('', 'local', 'ray')),
+    'address': Parameter('', 'a Ray cluster\'s address, or empty to start Ray on this machine'),
     'dry_run': Parameter(False, 'True or False'),
 }
 
@@ -173,6 +175,8 @@ def start(
     began, known, figures = time.time(), COMMON | about(table), TABLES[table][1]
     refuse_unknown(namespace, known)
     values = {n: checked(n, namespace.get(n, p.default), p) for n, p in known.items()}
+    if values['address'] and values['launcher'] != 'ray': raise UserError(f"address is {values['address']!r}, but launcher is {values['launcher']!r}, which joins no cluster; add launcher ray, or leave address empty.")
+    if values['launcher'] == 'ray' and values['device'] not in ('', 'cpu', 'cuda'): raise UserError(f"device is {values['device']!r}; with launcher ray it must be cpu, cuda or empty: Ray chooses among the GPUs.")
     names = tuple(figures.replace('|', ' ').split())
     if values['figures'] not in ('main', 'all', 'none'): chosen('figures', values['figures'], (*names, 'main', 'all', 'none'))
     parameters = Parameters(table, values, names, tuple(figures.partition('|')[0].split()), began)

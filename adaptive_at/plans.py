@@ -21,6 +21,7 @@ from .core import UserError
 from .datasets import Augment, DatasetInfo
 from .evaluation import AutoAttack, Column, Evaluation, Transfer, WhiteBox, evaluation
 from .figures import styled
+from .launch import installed, spoken_resources
 from .methods import Method, OneCycle, Training, unit
 from .parameters import COLUMN_ALIASES, Parameters, chosen, listed, printed
 from .runs import Store, hardware
@@ -132,10 +133,18 @@ class Session:
     "Checked parameters, and what was chosen for them."
     parameters: Parameters
     preset: Preset
-    device: torch.device
+    device: torch.device      # of the runs; with an address, of the cluster's machines
+
+    @property
+    def here(self) -> torch.device:
+        "The device of this process: a cluster may have GPUs where this machine has none."
+        return self.device if self.device.type != 'cuda' or torch.cuda.is_available() else torch.device('cpu')
 
     def workers(self, runs: Iterable[Run]) -> int:
-        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, else one."
+        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, with Ray one per GPU, else one."
+        if self.parameters.launcher == 'ray':
+            if self.parameters.address: return 1   # how many machines answer there is not known yet
+            if self.device.type == 'cuda': return torch.cuda.device_count()
         return cores() if self.device.type == 'cpu' and all(run.network.threads == 1 for run in runs) else 1
 
 
@@ -143,9 +152,10 @@ def settle(parameters: Parameters) -> Session:
     "Choose the preset and the device, after checking what can be checked without the table; says what was chosen."
     for name in _named_datasets(parameters): datasets.info(name, parameters.data_root)
     if parameters.network: networks.network(parameters.network)
+    if parameters.launcher == 'ray': installed()
     cuda = torch.cuda.is_available()
     device = parameters.device or ('cuda' if cuda else 'cpu')
-    usable(device)
+    if not parameters.address: usable(device)
     name = parameters.preset if parameters.preset != 'auto' else 'paper' if cuda else 'quick'
     why = ' (auto: ' + ('there is a CUDA device' if cuda else 'no CUDA device here') + ')' if parameters.preset == 'auto' else ''
     print(f'preset {name}{why}: {PRESETS[name].says}. Device: {hardware(device)}.')
@@ -182,7 +192,7 @@ class Block:
 class Plan:
     "All runs and evaluations of a table, in order."
     def __init__(self, table: Table, session: Session):
-        self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.device
+        self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.here
         parameters, self.preset = session.parameters, replace(session.preset, **table.quick) if session.preset.name == 'quick' else session.preset
         self.store = Store(parameters.outputs/'runs')
         self.folder = parameters.outputs/table.name/self.preset.name
@@ -471,6 +481,9 @@ def show(self:Plan):
                           'evaluations': f'{len(left.evaluations)} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(left.seconds) if left.seconds else '–'})
     how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations'
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
+    if self.parameters.launcher == 'ray':
+        takes = dict.fromkeys(f'{spoken_resources(r.network.threads, self.session.device.type)} ({r.network.label})' for b in self.blocks for runs in b.runs.values() for r in runs)
+        how += f", {'were it done one task after another' if self.parameters.address else 'all of this machine used'}; a Ray task, which is a run or the evaluations of one, takes {' or '.join(takes)}"
     print(f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.')
     return styled(pd.DataFrame(lines).set_index(['dataset', 'row']), 'Plan', ['dry run: nothing will be trained'] if self.parameters.dry_run else [])
 

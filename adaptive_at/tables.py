@@ -6,11 +6,11 @@
 __all__ = ['COLUMNS', 'Results', 'shrunken_margins', 'smaller', 'clearly', 'replaced', 'execute', 'run']
 
 # %% ../nbs/90_tables.ipynb #7f64ee38
-import html, time
+import html, platform, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -18,16 +18,16 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import Busy, replacing, slug, write_text
+from .core import Busy, UserError, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
+from .launch import Job, in_stages, on_ray
 from .networks import network
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
 from .runs import hardware, versions
 from .stopping import Stopped
 from .training import Run, concerns
-from .workers import side_by_side
 
 # %% ../nbs/90_tables.ipynb #3684657c
 COLUMNS = 'dataset network row checkpoint column value ci_low ci_high n seeds std paper difference warning overrides run'.split()
@@ -288,7 +288,7 @@ def write(self:Results) -> Path:
 def provenance(self:Results) -> Styler:
     "How to repeat this, and what it ran on."
     plan = self.plan
-    facts = {'command': f'<code>{html.escape(plan.parameters.command())}</code>', 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.device),
+    facts = {'command': f'<code>{html.escape(plan.parameters.command())}</code>', 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.session.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began), **({'training and evaluating': self.estimated} if self.estimated else {}),
              'runs': '<br>'.join(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
     return styled(pd.DataFrame({'this run': facts}), 'Provenance', [])
@@ -322,9 +322,10 @@ def execute(
         done[line.rpartition(': ')[2]] += 1  # a line that ends in ': trained' or ': evaluated' counts
         report(line)
     try:
-        for block in plan.blocks: _fill(plan, block, tell)
+        for wait in (False, True): _launch(plan, _jobs(plan, wait), tell)  # what another process works on is waited for last, so that several share a table
     except Stopped: raise
     except KeyboardInterrupt: raise Stopped('stopped; run the same command again, it goes on from there') from None
+    finally: _loaded.cache_clear()
     took = time.time() - began
     results = Results(plan)
     if done['trained'] + done['evaluated'] and expected: results.estimated = f'{spoken(took)}, estimated {spoken(expected)} ({took / expected - 1:+.0%})'
@@ -336,32 +337,66 @@ def execute(
     return results
 
 
-def _fill(plan: Plan, block: Block, tell: Callable[[str], None]) -> None:
-    "Train and evaluate what a block lacks. What another process works on is waited for last, so that several share a table."
-    data = datasets.load(block.info.name, plan.parameters.data_root, plan.device)
-    for later in (False, True):  # first the runs that others start from
-        for wait in (False, True):
-            training = [partial(_train, plan, run, row, data, wait) for row, runs in block.runs.items() for run in runs if not plan.store.finished(run) and bool(run.start) == later]
-            side_by_side(training, plan.workers(block), tell)
-    for wait in (False, True):
-        evaluating = [partial(_evaluate, plan, block, row, seed, left, data, wait) for row in block.cells for seed, run in enumerate(block.runs[row])
-                      if plan.store.finished(run) and (left := plan.unevaluated(block, row, seed))]
-        side_by_side(evaluating, plan.workers(block), tell)
+def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:
+    "Do all jobs, where the parameters say."
+    session, q = plan.session, plan.parameters
+    if q.launcher == 'ray': on_ray(jobs, q.address, session.device.type, plan.store.root, tell)
+    else: in_stages(jobs, session.workers(run for b in plan.blocks for runs in b.runs.values() for run in runs), tell)
 
 
-def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
+def _jobs(plan: Plan, wait: bool) -> list[Job]:
+    "What the table lacks: in each block the runs, first those that others start from, and then the evaluations."
+    jobs = []
+    def diverged(run: Run) -> bool: return 'diverged' in plan.store.facts(run)
+    for block in plan.blocks:
+        training, evaluating = {}, []
+        for later in (False, True):
+            for row, runs in block.runs.items():
+                for run in runs:
+                    if bool(run.start) == later and run.id not in training and not plan.store.finished(run) and not diverged(run):
+                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start))
+        for row, pairs in block.cells.items():
+            for seed, run in enumerate(block.runs[row]):
+                needed = {c: [r for r in (run, plan.source(block, row, c, seed)) if r] for c, _ in plan.unevaluated(block, row, seed)}
+                if columns := [c for c, nets in needed.items() if not any(map(diverged, nets))]:
+                    evaluating.append(Job(partial(_evaluate, plan, block, row, seed, wait), (run, *(block.columns[c] for c in columns)), run.network.threads, _of(training, *(r for c in columns for r in needed[c]))))
+        if training or evaluating: datasets.load(block.info.name, plan.parameters.data_root)  # fetched once, and there in all processes that are forked
+        jobs += [*training.values(), *evaluating]
+    return jobs
+
+
+def _of(training: dict[str, Job], *runs: Run|None) -> tuple[Job, ...]:
+    "The jobs that train these runs, where there are any."
+    return tuple(dict.fromkeys(training[run.id] for run in runs if run and run.id in training))
+
+
+@lru_cache(maxsize=1)
+def _loaded(info: datasets.DatasetInfo, data_root: Path, device: torch.device) -> datasets.Dataset:
+    "A block's dataset, once in each process."
+    data = datasets.load(info.name, data_root, device)
+    if data.info.identity != info.identity: raise UserError(f'datasets: {info.label} in {data_root} on the machine {platform.node()} has another content than where this table was started; copy the same files there, or share the folder.')
+    return data
+
+
+def _data(plan: Plan, block: Block) -> datasets.Dataset: return _loaded(block.info, plan.parameters.data_root, plan.session.device)
+
+
+def _train(plan: Plan, block: Block, row: str, run: Run, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
     label = f'{row}, seed {run.seed}' if run.seed else row
     with suppress(Busy):
-        if plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
+        if plan.store.train(run, _data(plan, block), plan.session.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
 
 
-def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
-    "One job: the evaluations of a row."
-    for column, which in cells:
-        surrogate = plan.source(block, row, column, seed)
-        source = plan.store.model(surrogate, data, which, plan.device) if surrogate else None
-        try: result = plan.store.evaluate(block.runs[row][seed], plan.evaluation(block, row, column, seed, which), data, which, source, plan.device, tell, wait)
+def _evaluate(plan: Plan, block: Block, row: str, seed: int, wait: bool, tell: Callable[[str], None]) -> None:
+    "One job: the evaluations that a row lacks, of those whose networks are trained."
+    run, device = block.runs[row][seed], plan.session.device
+    for column, which in plan.unevaluated(block, row, seed):
+        surrogate, e = plan.source(block, row, column, seed), plan.evaluation(block, row, column, seed, which)
+        if e is None: continue
+        data = _data(plan, block)
+        source = plan.store.model(surrogate, data, which, device) if surrogate else None
+        try: result = plan.store.evaluate(run, e, data, which, source, device, tell, wait)
         except Busy: continue
         tell(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
 

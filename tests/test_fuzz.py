@@ -12,7 +12,7 @@ from adaptive_at.parameters import COMMON, TABLES, about, start
 from adaptive_at.plans import Plan, settle
 
 WORDS = ["", " ", ",", "all", "auto", "quick", "fast", "paper", "digits", "cifar10", "cifar100,svhn", "mnist", "imagenet", "imagefolder:nowhere", "imagefolder:", "natural", "clean,AA", "Natural", "Standard AT,DAAT", "AT (",
-         "PGD-20", "main", "none", "fig2,fig3", "cpu", "cuda", "cuda:7", "mps", "tpu", "fp32", "bf16", "narrow", "resnet18", "wrn34-10", "data", "/proc/nowhere", "../..", "a\0b", "~", "é☃", "None", "0"]
+         "PGD-20", "main", "none", "fig2,fig3", "cpu", "cuda", "cuda:7", "mps", "tpu", "fp32", "bf16", "narrow", "local", "ray", "resnet18", "wrn34-10", "data", "/proc/nowhere", "../..", "a\0b", "~", "é☃", "None", "0"]
 values = (st.sampled_from(WORDS) | st.text(max_size=6) | st.booleans() | st.none() | st.integers(-3, 6) | st.sampled_from([10**6, 10**18, -10**18]) | st.floats() | st.floats(0, 1)
           | st.lists(st.integers(), max_size=2) | st.just({}) | st.tuples(st.integers()))
 

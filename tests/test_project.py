@@ -88,7 +88,7 @@ def test_wheel_holds_the_printed_numbers(config, tmp_path):
     assert "[nbdev]\nadaptive_at = adaptive_at._modidx:d" in wheel.read(f"{info}/entry_points.txt").decode()
     metadata = message_from_bytes(wheel.read(f"{info}/METADATA"))
     assert metadata["Requires-Python"] == f">={config['min_python']}"
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "corruptions", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "corruptions", "bench", "cluster"}
 
 
 def test_a_library_notebook_is_titled_with_its_module_once():
