@@ -138,6 +138,7 @@ def mixing(
 class MixupCE(AdversarialCE):
     "Half the mixup cross-entropy of clean images and half that of adversaries (Lamb et al., 2019)."
     passes = 2   # each on its own mixed images
+    whole_batch = True  # an image's partner may be anywhere in it
 
     def losses(self, batch, x_adv, target, eps):
         "One loss."

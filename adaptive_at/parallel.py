@@ -41,7 +41,7 @@ class Update(nn.Module):
     "A step's loss as a module, so that its backward pass is DistributedDataParallel's."
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.weights = nn.ParameterList(model.parameters())   # and not its buffers, which are averaged below
 
     def forward(self, losses: Callable[[], tuple]) -> tuple: return losses()
 
@@ -55,7 +55,7 @@ class Together(Alone):
     def join(self, state):
         "Before the first step: everyone starts from the first process's weights."
         model = state.model
-        self.update = DistributedDataParallel(Update(model), broadcast_buffers=False)
+        self.update = DistributedDataParallel(Update(model))
         self.buffers = [b for name, b in model.named_buffers() if name in model.state_dict()]
         self.dropouts = [m for m in model.modules() if isinstance(m, Dropout)]
         for hook in self.hooks: hook.remove()

@@ -22,6 +22,7 @@ from .datasets import Augment, DatasetInfo
 from .evaluation import AutoAttack, Column, Evaluation, Transfer, WhiteBox, evaluation
 from .figures import styled
 from .methods import Method, OneCycle, Training, unit
+from .parallel import enough
 from .parameters import COLUMN_ALIASES, Parameters, chosen, listed, printed
 from .runs import Store, hardware
 from .training import Monitor, Run, threads
@@ -135,8 +136,8 @@ class Session:
     device: torch.device
 
     def workers(self, runs: Iterable[Run]) -> int:
-        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, else one."
-        return cores() if self.device.type == 'cpu' and all(run.network.threads == 1 for run in runs) else 1
+        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, else one, or where processes share a run."
+        return cores() if self.device.type == 'cpu' and self.parameters.gpus_per_run < 2 and all(run.network.threads == 1 for run in runs) else 1
 
 
 def settle(parameters: Parameters) -> Session:
@@ -146,6 +147,7 @@ def settle(parameters: Parameters) -> Session:
     cuda = torch.cuda.is_available()
     device = parameters.device or ('cuda' if cuda else 'cpu')
     usable(device)
+    if not parameters.dry_run: enough('gpus_per_run', parameters.gpus_per_run, device)
     name = parameters.preset if parameters.preset != 'auto' else 'paper' if cuda else 'quick'
     why = ' (auto: ' + ('there is a CUDA device' if cuda else 'no CUDA device here') + ')' if parameters.preset == 'auto' else ''
     print(f'preset {name}{why}: {PRESETS[name].says}. Device: {hardware(device)}.')
@@ -442,7 +444,8 @@ def left(self:Plan, block: Block, row: str) -> Left:
     cost = self.cost(runs[0], info)
     n = {c: self.examples(block, c) or (info.n_train if block.columns[c].part == 'train' else info.n_test) for c in set(waiting)}
     evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.attack
-    return Left(begun, waiting, sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun), evaluating)
+    training = sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun)
+    return Left(begun, waiting, training / max(1, self.parameters.gpus_per_run), evaluating)
 
 
 @patch

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import Busy, replacing, slug, write_text
+from .core import Busy, locked, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
 from .networks import network
+from .parallel import launched, undivided
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
 from .runs import hardware, versions
@@ -100,8 +101,10 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
 def concerns(self:Results, run: Run) -> list[str]:
     "What is to be known of a run's training; read once."
     if run.id not in self.concerned:
-        devices = list(dict.fromkeys(str(m.get('device')) for m in self.plan.store.facts(run).get('made with', [])))
-        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'continued on another device ({", then ".join(devices)})'] * (len(devices) > 1)
+        made = self.plan.store.facts(run).get('made with', [])
+        devices = list(dict.fromkeys(str(m.get('device')) for m in made))
+        shares = max((m['processes'] for m in made if 'batch norm' in m), default=1)
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'continued on another device ({", then ".join(devices)})'] * (len(devices) > 1) + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1)
     return self.concerned[run.id]
 
 
@@ -350,9 +353,15 @@ def _fill(plan: Plan, block: Block, tell: Callable[[str], None]) -> None:
 
 def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
-    label = f'{row}, seed {run.seed}' if run.seed else row
+    label, processes = f'{row}, seed {run.seed}' if run.seed else row, plan.parameters.gpus_per_run
+    if processes > 1 and (why := undivided(run)):
+        tell(f'{label}: trained by one process, since {why}')
+        processes = 1
     with suppress(Busy):
-        if plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
+        if processes > 1:
+            with locked(plan.store.folder(run)/'lock', tell, wait): pass  # nobody else trains it
+            launched(run, processes, data.info.name, plan.parameters.outputs, plan.parameters.data_root, plan.device.type, lambda line: tell(f'{label}: {line}'))
+        elif plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
 
 
 def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:
