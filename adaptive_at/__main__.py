@@ -63,9 +63,9 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
         data = datasets.load(told.dataset or run.dataset, project_root()/told.data_root, device)
         if data.info.identity != run.content: raise UserError(f'the run is of other data than {data.info.label} in {told.data_root} (content {run.content}, and not {data.info.identity}); name its data with --dataset and --data-root.')
         if team.rank: team.follow(data)
-        elif Store(outputs/'runs').train(run, data, device, partial(print, flush=True), team=team): print(f'{run.slug}-{run.id}: trained', flush=True)
-        else: print(f'{run.slug}-{run.id}: nothing to train', flush=True)
-        if team.size > 1 and not team.rank: team.dismiss()
+        else:
+            Store(outputs/'runs').train(run, data, device, partial(print, flush=True), team=team)
+            team.dismiss()
     return 0
 
 

@@ -130,9 +130,7 @@ class Together(Alone):
         torch.save(state.state_dict(), saved)
         self._told({'run': describe(run), 'state': saved.getvalue(), 'threads': threads})
 
-    def dismiss(self) -> None:
-        "The first process has nothing more to train."
-        self._told(None)
+    def dismiss(self): self._told(None)
 
     def follow(self, data: Dataset) -> None:
         "What all but the first process do: train what it trains, until it has nothing more."

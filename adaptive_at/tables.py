@@ -361,7 +361,9 @@ def _train(plan: Plan, run: Run, row: str, data: datasets.Dataset, wait: bool, t
         if processes > 1:
             with locked(plan.store.folder(run)/'lock', tell, wait): pass  # nobody else trains it
             launched(run, processes, data.info.name, plan.parameters.outputs, plan.parameters.data_root, plan.device.type, lambda line: tell(f'{label}: {line}'))
-        elif plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
+            trained = plan.store.finished(run)
+        else: trained = plan.store.train(run, data, plan.device, lambda line: tell(f'{label}: {line}'), wait)
+        if trained: tell(f'{label}: trained')
 
 
 def _evaluate(plan: Plan, block: Block, row: str, seed: int, cells: list[tuple[str, str]], data: datasets.Dataset, wait: bool, tell: Callable[[str], None]) -> None:

@@ -124,6 +124,7 @@ class Alone:
     def summed(self, counts: Tensor) -> Tensor: "The sum over all processes."; return counts
     def compare(self, state: State) -> None: "Refuse to go on where the processes do not hold the same state."
     def lead(self, run: Run, state: State, threads: int) -> None: "The first process is about to train: the others are to do it with it."
+    def dismiss(self) -> None: "The first process has nothing more to train."
     def facts(self, model: nn.Module) -> dict: "What is recorded beside the run."; return {}
 
     def backward(self, losses: Callable[[], tuple[Tensor, Tensor|None]]) -> Tensor:
