@@ -237,7 +237,7 @@ class Store:
             if team.agreed(asked()): raise KeyboardInterrupt
         team.lead(run, state, torch.get_num_threads())
         try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every, team)
-        except Left as e: raise Left(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}') from e
+        except Left as e: raise Left(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}.') from e
         except KeyboardInterrupt: raise Stopped(f'stopped; run the same command again, {self.folder(run).name} goes on after {kept}') from None
 
     def _resumed(self, run: Run, data: Dataset, device: str|torch.device, tell: Callable[[str], None]) -> State|None:
