@@ -19,9 +19,9 @@ from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
+from .parallel import Left
 from .seals import Damaged, Seal, read_sealed, seal, unsealed, verified, write_sealed
 from .stopping import Stopped, patiently
-from .parallel import Left
 from .training import ALONE, Alone, Diverged, Run, State, followed, snapshot_every, threads, train
 
 # %% ../nbs/80_runs.ipynb #ee4e699e

@@ -1,5 +1,5 @@
 "Several processes train one run as one process would: the same weights to rounding, one store, any number of processes after an interruption."
-import copy, multiprocessing, os, re, socket, sys
+import copy, multiprocessing, os, re, signal, socket, sys, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,6 +21,7 @@ from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.papers.table3_iaat import TABLE as IMAGENET
 from adaptive_at.radius import RadiusRule
 from adaptive_at.runs import Store
+from adaptive_at.stopping import Stopped
 from adaptive_at.tables import run as run_table
 from adaptive_at.training import Monitor, Run, State, train
 from adaptive_at.weights import AWP
@@ -163,6 +164,20 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_a_good_checkpoint(
     told = []
     assert Store(tmp_path/"runs").train(run, digits(), tell=told.append) and re.match("continuing after epoch [1-3] of 4", told[0])
     equal(state_of(run, tmp_path), one_process(run), run)
+
+
+def test_ctrl_c_stops_a_job_of_torchrun_after_a_step(tmp_path):
+    "In a notebook or a terminal the signal reaches this process alone; the job saves, says so, and is gone."
+    run, told = spec(at(EPS), examples=1000, epochs=30), []
+    def tell(line):
+        told.append(line)
+        if len(told) == 1: threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Stopped) as stopped: launched(run, 2, "digits", tmp_path, tmp_path, "cpu", tell)
+    name = f"{run.slug}-{run.id}"
+    assert re.fullmatch(rf"stopped; run the same command again, {name} goes on after (batch \d+ of epoch|epoch) \d+ of 30", str(stopped.value))
+    assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in " ".join(p.cmdline())]
+    reached = max((torch.load(p, weights_only=True) for p in (tmp_path/"runs"/name).glob("*.pt") if p.stem in ("within", "last")), key=lambda s: (s["epoch"], s["batch"]))
+    assert str(stopped.value).endswith(f"batch {reached['batch']} of epoch {reached['epoch'] + 1} of 30" if reached["batch"] else f"epoch {reached['epoch']} of 30")
 
 
 # ImageNet
