@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'CARRIED', 'NO_LOCKS', 'BEAT', 'STALE', 'UserError', 'SourceUnknown', 'qualified', 'normalised', 'sources',
-           'describe', 'digest', 'carried', 'unhashed', 'Milestones', 'Ramp', 'in_epoch', 'replacing', 'slug',
-           'write_text', 'read_json', 'write_json', 'Busy', 'Heartbeat', 'held_by', 'locked', 'project_root']
+           'describe', 'digest', 'carried', 'unhashed', 'revived', 'Milestones', 'Ramp', 'in_epoch', 'replacing',
+           'slug', 'write_text', 'read_json', 'write_json', 'Busy', 'Heartbeat', 'held_by', 'locked', 'project_root']
 
 # %% ../nbs/00_core.ipynb #83f74f3c
 import ast, dataclasses, errno, hashlib, inspect, json, linecache, os, platform, re, sys, tempfile, textwrap, threading, time
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable
 from filelock import FileLock, Timeout
@@ -125,6 +126,32 @@ def carried(described: Any) -> dict[str, dict[str, str]]:
 def unhashed(default: Any) -> Any:
     "A dataclass field that describes without changing any number, so it stays out of the hash."
     return dataclasses.field(default=default, metadata={'hashed': False}, compare=False)
+
+# %% ../nbs/00_core.ipynb #f586d77b
+def revived(told: Any) -> Any:
+    "The value that `describe` told of, in a process that never saw it."
+    value = _revived(told)
+    if describe(value) != told: raise UserError('the spec was written by another version of this package, or its code: run the table again, which writes its own.')
+    return value
+
+
+def _revived(told: Any) -> Any:
+    if isinstance(told, list): return tuple(map(_revived, told))
+    if not isinstance(told, dict): return told
+    if 'function' in told: return _named(told['function'])
+    if 'piece' not in told: return {k: _revived(v) for k, v in told.items()}
+    kind = _named(told['piece'])
+    if any(not f.metadata.get('hashed', True) for f in dataclasses.fields(kind)): raise UserError(f'{told["piece"]} needs more than a spec says, so only the process that made it can train with it.')
+    return kind(**{k: _revived(v) for k, v in told.items() if k not in ('piece', 'version', 'source')})
+
+
+def _named(name: str) -> type|Callable:
+    "The class or function of this qualified name."
+    module, _, rest = name.rpartition('.')
+    try:
+        if module == '__main__': raise ImportError
+        return getattr(import_module(module), rest)
+    except (ImportError, AttributeError) as e: raise UserError(f'{name} is defined where other processes cannot import it, as in a notebook; put it into a module, or train with one process.') from e
 
 # %% ../nbs/00_core.ipynb #95065bc6
 @dataclasses.dataclass(frozen=True)

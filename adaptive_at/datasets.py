@@ -229,6 +229,12 @@ class Batch:
     y: Tensor       # true classes [B]
     index: Tensor   # int64 [B], where the examples stand in their split
     noise: streams.Noise|None = None  # the random stream of these examples in this step, for rules and objectives that draw
+    whole: Tensor|None = None         # the indices of all examples of the step, where other processes have the others; None: these are all
+
+    @property
+    def size(self) -> int:
+        "How many examples the step has."
+        return len(self.index if self.whole is None else self.whole)
 
 
 def to_unit(
@@ -241,7 +247,7 @@ def to_unit(
 
 def loaders() -> int:
     "How many processes read images ahead of training; 0: the training process itself."
-    return min(16, cores() - 1)
+    return max(0, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))  # torchrun's processes share the cores
 
 
 @dataclass(frozen=True)
@@ -279,15 +285,17 @@ def batches(
     augment: Augment|ResizedCrop|None = None,
     subset: Tensor|None = None,   # train on these indices only, int64 [n]; None: on all
     drop_last: bool = False,      # leave out a last short batch
-    first: int = 0                # begin with this batch of the epoch, counted from 0
+    first: int = 0,               # begin with this batch of the epoch, counted from 0
+    mine: Callable[[Tensor], Tensor]|None = None  # which of a batch's indices this process is to have; None: all
 ) -> Iterator[Batch]:
     "One epoch of shuffled, augmented batches."
     order = torch.arange(len(split), device=split.y.device) if subset is None else subset.to(split.y.device)
     order = order[streams.permutation(streams.key(key, 'order'), len(order), order.device)]
-    parts = [index for index in order.split(batch_size) if not drop_last or len(index) == batch_size][first:]
+    wholes = [index for index in order.split(batch_size) if not drop_last or len(index) == batch_size][first:]
+    parts = [mine(index) for index in wholes] if mine else wholes
     augment, draws = augment or Augment(), streams.key(key, 'augment')
     images = read_ahead(split.x, parts, augment, draws) if isinstance(split.x, ImageFiles) else (augment.read(split.x, index, draws) for index in parts)
-    for index, x in zip(parts, images): yield Batch(to_unit(x), split.y[index], index)
+    for whole, index, x in zip(wholes, parts, images): yield Batch(to_unit(x), split.y[index], index, whole=whole)
 
 # %% ../nbs/10_datasets.ipynb #60bac25d
 def balanced(

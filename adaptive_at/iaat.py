@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EIGHT', 'SIXTEEN', 'IAAT_RESNET18', 'IAAT_WRN', 'CrossingPGD', 'other_class', 'Towards', 'RandomTargetPGD', 'PerRun',
-           'IAAT', 'mixing', 'MixupCE', 'iaat', 'iaat_baseline', 'mixup_at', 'imagenet_iaat', 'imagenet_baseline',
-           'Warmed', 'imagenet_training']
+           'IAAT', 'mixing', 'MixupCE', 'iaat', 'iaat_baseline', 'mixup_at', 'HalfRandomTargetPGD', 'imagenet_iaat',
+           'imagenet_baseline', 'Warmed', 'imagenet_training']
 
 # %% ../nbs/62_iaat.ipynb #b21d351b
 from dataclasses import dataclass, replace
@@ -138,6 +138,7 @@ def mixing(
 class MixupCE(AdversarialCE):
     "Half the mixup cross-entropy of clean images and half that of adversaries (Lamb et al., 2019)."
     passes = 2   # each on its own mixed images
+    whole_batch = True  # an image's partner may be anywhere in it
 
     def losses(self, batch, x_adv, target, eps):
         "One loss."
@@ -191,15 +192,24 @@ def mixup_at(
     return Method(Fixed(eps), PGD(unit(2/255, eps, at=EIGHT), steps, mode=mode), MixupCE())
 
 # %% ../nbs/62_iaat.ipynb #8b240b45
+@dataclass(frozen=True)
+class HalfRandomTargetPGD(RandomTargetPGD):
+    "The same with the network in half precision; images, steps and projections stay in single."
+    def __call__(self, model, x, y, eps, noise=None):
+        "Attack a batch; `y` are the true classes."
+        with torch.autocast(x.device.type, torch.bfloat16): return super().__call__(model, x, y, eps, noise)
+
+
 def imagenet_iaat(
     eps: float = SIXTEEN,    # radius of the warm-up
     steps: int = 30,         # of the attack that trains
     gamma: float = 4/255,    # step of the search, for a radius of 16/255
     beta: float = 0.1,       # weight of what the search finds, in a run of 110 epochs
-    mode: str = 'train'
+    mode: str = 'train',
+    half: bool = False       # attacks in half precision, the paper's
 ) -> Method:
     "IAAT on ImageNet: random targets, warm-up of 30 of 110 epochs (Table 8, appendix D.2)."
-    attack = RandomTargetPGD(unit(1/255, eps, at=SIXTEEN), steps, mode=mode, crossings=1.)
+    attack = (HalfRandomTargetPGD if half else RandomTargetPGD)(unit(1/255, eps, at=SIXTEEN), steps, mode=mode, crossings=1.)
     rule = IAAT(eps, replace(attack, steps=10), unit(gamma, eps, at=SIXTEEN), PerRun(values=(beta * 110,)), Ramp(1., 1., until=30/110), least=unit(4/255, eps, at=SIXTEEN))
     return Method(rule, attack, AdversarialCE())
 
@@ -207,10 +217,11 @@ def imagenet_iaat(
 def imagenet_baseline(
     eps: float = SIXTEEN,    # training radius
     steps: int = 30,         # each the longer, the fewer there are
-    mode: str = 'train'
+    mode: str = 'train',
+    half: bool = False       # the attack in half precision
 ) -> Method:
     "Adversarial training on ImageNet with random targets (Table 8; Xie et al., 2019)."
-    return Method(Fixed(eps), RandomTargetPGD(unit(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
+    return Method(Fixed(eps), (HalfRandomTargetPGD if half else RandomTargetPGD)(unit(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
 
 # %% ../nbs/62_iaat.ipynb #e2021a84
 @dataclass(frozen=True)

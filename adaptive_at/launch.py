@@ -27,6 +27,7 @@ class Job:
     specs: tuple = ()                # what it is about: the same here and there
     threads: int|None = 1            # of its network, on a CPU; None: as many as PyTorch takes
     after: tuple['Job', ...] = ()    # jobs to be done before
+    processes: int = 1               # that it starts, each with a device of its own
 
 
 def stages(jobs: Sequence[Job]) -> list[list[Job]]:
@@ -47,17 +48,18 @@ SHARE = 0.25    # of a GPU, for a network that takes one thread on a CPU
 
 def resources(
     threads: int|None,  # of the network
-    device: str         # cpu or cuda
+    device: str,        # cpu or cuda
+    processes: int = 1  # that share the run
 ) -> dict[str, float]:
     "What a task takes of its machine."
-    if device == 'cuda': return {'num_cpus': 1, 'num_gpus': SHARE if threads == 1 else 1}
-    return {'num_cpus': threads or torch.get_num_threads(), 'num_gpus': 0}
+    if device == 'cuda': return {'num_cpus': processes, 'num_gpus': SHARE if threads == processes == 1 else processes}
+    return {'num_cpus': processes * (threads or torch.get_num_threads()), 'num_gpus': 0}
 
 
-def spoken_resources(threads: int|None, device: str) -> str:
+def spoken_resources(threads: int|None, device: str, processes: int = 1) -> str:
     "The same for people."
-    taken = resources(threads, device)
-    return f"{taken['num_gpus']:g} GPU" if taken['num_gpus'] else f"{taken['num_cpus']:g} CPU" + 's' * (taken['num_cpus'] > 1)
+    taken = resources(threads, device, processes)
+    return f"{taken['num_gpus']:g} GPU" + 's' * (taken['num_gpus'] > 1) if taken['num_gpus'] else f"{taken['num_cpus']:g} CPU" + 's' * (taken['num_cpus'] > 1)
 
 # %% ../nbs/83_launch.ipynb #8d0da828
 PATIENCE = 60.      # seconds for a cluster to answer
@@ -184,7 +186,7 @@ def on_ray(
     sources, paths = carried(describe([job.specs for job in jobs])), tuple(map(os.path.abspath, sys.path))
     with joined(address) as ray:
         from ray.util.queue import Queue
-        taken = {job: resources(job.threads, device) for job in jobs}
+        taken = {job: resources(job.threads, device, job.processes) for job in jobs}
         nodes = machines(ray, device, max(t['num_cpus'] for t in taken.values()))
         shared(ray, nodes, folder)
         folder.mkdir(parents=True, exist_ok=True)

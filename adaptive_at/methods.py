@@ -20,7 +20,11 @@ from .radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule
 # %% ../nbs/60_methods.ipynb #e658046f
 class WeightPerturbation(Protocol):
     "Moves the weights for the time of one update."
-    def perturbed(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> AbstractContextManager: ...
+    def perturbed(self,
+        model: nn.Module,
+        loss: Callable[[nn.Module], Tensor],
+        averaged: Callable   # gradients over these examples -> over the whole batch, where processes share it
+    ) -> AbstractContextManager: ...
 
 
 @dataclass(frozen=True)

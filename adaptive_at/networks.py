@@ -336,12 +336,13 @@ class Dropout(nn.Module):
     ):
         super().__init__()
         self.p, self.channels, self.key = p, channels, streams.key('dropout')
+        self.first = 0  # the place in its batch of the first image it is given: not 0 where processes share a batch
         self.register_buffer('calls', torch.randint(2**40, ()))  # starts anywhere: layers and seeds have masks of their own
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.training or self.p == 0: return h
         self.calls += 1
-        index = self.calls * 2**20 + torch.arange(len(h), device=h.device)
+        index = self.calls * 2**20 + self.first + torch.arange(len(h), device=h.device)
         shape = (h.shape[1], 1, 1) if self.channels else h.shape[1:]
         return h * (streams.uniform(self.key, index, tuple(shape)) >= self.p) / (1 - self.p)
 

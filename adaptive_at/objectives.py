@@ -19,6 +19,7 @@ Loss = Callable[[nn.Module], Tensor]  # model to a scalar
 class AdversarialCE:
     "Mean cross-entropy of the adversaries."
     passes = 1   # forward and backward passes per image of one update
+    whole_batch = False  # does a loss need all images of a batch at once, being no mean over single ones? Then processes cannot share it
 
     def target(self, batch: Batch, eps: Tensor) -> Tensor:
         "Labels of the attack and of the loss: classes [B]."

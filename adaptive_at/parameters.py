@@ -44,6 +44,7 @@ COMMON = {
     'train_examples': _numbers('a whole number from 1 on, or 0 for all'),
     'test_examples': _numbers('a whole number from 1 on, or 0 for the preset\'s'),
     'precision': Parameter('', 'fp32, bf16, or empty for the preset\'s', lambda v: v in ('', 'fp32', 'bf16')),
+    'gpus_per_run': _numbers('how many GPUs train one run together, a whole number from 1 on, or 0 for one'),
     'launcher': Parameter('', 'local, ray, or empty for local', lambda v: v in ('', 'local', 'ray')),
     'address': Parameter('', 'a Ray cluster\'s address, or empty to start Ray on this machine'),
     'dry_run': Parameter(False, 'True or False'),

@@ -23,6 +23,7 @@ from .evaluation import AutoAttack, Column, Evaluation, Transfer, WhiteBox, eval
 from .figures import styled
 from .launch import installed, spoken_resources
 from .methods import Method, OneCycle, Training, unit
+from .parallel import enough
 from .parameters import COLUMN_ALIASES, Parameters, chosen, listed, printed
 from .runs import Store, hardware
 from .training import Monitor, Run, threads
@@ -141,11 +142,11 @@ class Session:
         return self.device if self.device.type != 'cuda' or torch.cuda.is_available() else torch.device('cpu')
 
     def workers(self, runs: Iterable[Run]) -> int:
-        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, with Ray one per GPU, else one."
+        "How many runs are trained, or evaluated, side by side: one per core for networks that use one thread, with Ray one per GPU, else one, or where processes share a run."
         if self.parameters.launcher == 'ray':
             if self.parameters.address: return 1   # how many machines answer there is not known yet
-            if self.device.type == 'cuda': return torch.cuda.device_count()
-        return cores() if self.device.type == 'cpu' and all(run.network.threads == 1 for run in runs) else 1
+            if self.device.type == 'cuda': return max(1, torch.cuda.device_count() // max(1, self.parameters.gpus_per_run))
+        return cores() if self.device.type == 'cpu' and self.parameters.gpus_per_run < 2 and all(run.network.threads == 1 for run in runs) else 1
 
 
 def settle(parameters: Parameters) -> Session:
@@ -155,7 +156,9 @@ def settle(parameters: Parameters) -> Session:
     if parameters.launcher == 'ray': installed()
     cuda = torch.cuda.is_available()
     device = parameters.device or ('cuda' if cuda else 'cpu')
-    if not parameters.address: usable(device)
+    if not parameters.address:  # else the cluster's machines have the devices
+        usable(device)
+        if not parameters.dry_run: enough('gpus_per_run', parameters.gpus_per_run, device)
     name = parameters.preset if parameters.preset != 'auto' else 'paper' if cuda else 'quick'
     why = ' (auto: ' + ('there is a CUDA device' if cuda else 'no CUDA device here') + ')' if parameters.preset == 'auto' else ''
     print(f'preset {name}{why}: {PRESETS[name].says}. Device: {hardware(device)}.')
@@ -457,7 +460,8 @@ def left(self:Plan, block: Block, row: str) -> Left:
     cost = self.cost(runs[0], info)
     n = {c: self.examples(block, c) or (info.n_train if block.columns[c].part == 'train' else info.n_test) for c in set(waiting)}
     evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.judging
-    return Left(begun, waiting, sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun), evaluating)
+    training = sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun)
+    return Left(begun, waiting, training / max(1, self.parameters.gpus_per_run), evaluating)
 
 
 @patch
@@ -482,7 +486,7 @@ def show(self:Plan):
     how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations'
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
     if self.parameters.launcher == 'ray':
-        takes = dict.fromkeys(f'{spoken_resources(r.network.threads, self.session.device.type)} ({r.network.label})' for b in self.blocks for runs in b.runs.values() for r in runs)
+        takes = dict.fromkeys(f'{spoken_resources(r.network.threads, self.session.device.type, max(1, self.parameters.gpus_per_run))} ({r.network.label})' for b in self.blocks for runs in b.runs.values() for r in runs)
         how += f", {'were it done one task after another' if self.parameters.address else 'all of this machine used'}; a Ray task, which is a run or the evaluations of one, takes {' or '.join(takes)}"
     print(f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.')
     return styled(pd.DataFrame(lines).set_index(['dataset', 'row']), 'Plan', ['dry run: nothing will be trained'] if self.parameters.dry_run else [])

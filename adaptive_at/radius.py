@@ -17,6 +17,8 @@ from .networks import Classifier, in_mode
 # %% ../nbs/40_radius.ipynb #f1fdc6c5
 class Bank:
     "What a rule remembers: the radius of every training example, and how far its last adversary really went."
+    each = 'eps', 'used', 'realised'  # what has one entry per example; a bank that has more of them adds their names
+
     def __init__(self,
         n: int,            # training examples
         eps: float,        # initial radius of all of them, on the [0,1] scale
@@ -31,11 +33,11 @@ class Bank:
 
     def state_dict(self) -> dict:
         "All that a resumed run needs."
-        return {'eps': self.eps, 'used': self.used, 'realised': self.realised}
+        return {name: getattr(self, name) for name in self.each}
 
     def load_state_dict(self, state: dict) -> None:
         "Take over a saved state."
-        for name in ('eps', 'used', 'realised'): getattr(self, name).copy_(state[name])
+        for name in self.each: getattr(self, name).copy_(state[name])
 
 
 @dataclass(frozen=True)

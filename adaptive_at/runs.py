@@ -20,9 +20,10 @@ from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
+from .parallel import Left
 from .seals import Damaged, Seal, read_sealed, seal, unsealed, verified, write_sealed
 from .stopping import Stopped, patiently
-from .training import Diverged, Run, State, followed, snapshot_every, threads, train
+from .training import ALONE, Alone, Diverged, Run, State, followed, snapshot_every, threads, train
 
 # %% ../nbs/80_runs.ipynb #ee4e699e
 def versions() -> dict[str, str]:
@@ -194,7 +195,8 @@ class Store:
         data: Dataset,                       # on `device`
         device: str|torch.device = 'cpu',
         tell: Callable[[str], None] = print, # one line per epoch
-        wait: bool = True                    # for another process that trains it; else `Busy`
+        wait: bool = True,                   # for another process that trains it; else `Busy`
+        team: Alone = ALONE                  # the processes that train it together, of which this is the first
     ) -> bool:                               # was there anything to train, and did it end?
         "Make sure the run is trained: not at all if it is, from where it stopped if it was begun."
         folder = self.folder(run)
@@ -207,24 +209,24 @@ class Store:
             if (state := self._resumed(run, data, device, tell)) is None:
                 new, state = True, State(run, data, device)
                 if run.start:
-                    self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait)
+                    self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait, team)
                     state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
-            way = held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell)) if state.epoch < run.training.epochs else (made or [{}])[-1].get('path', 'eager')
-            now = versions() | {'device': hardware(device), 'threads': n, 'path': way}
+            way = (made or [{}])[-1].get('path', 'eager') if state.epoch == run.training.epochs else held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell)) if team.size == 1 else 'eager'
+            now = versions() | {'device': hardware(device), 'threads': n, 'path': way} | team.facts(state.model)
             facts = {'run': describe(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_sealed(folder/'spec.json', facts)
             if not new:
                 tell(f'continuing after {_reached(run, state)}')
                 if state.epoch == run.training.epochs: self._record(run, state, facts, tell)
             try:
-                with patiently() as asked: self._train(run, data, state, facts, asked, tell)
+                with patiently() as asked: self._train(run, data, state, facts, asked, tell, team)
             except Diverged as e:
                 write_sealed(folder/'spec.json', facts | {'diverged': str(e)})
                 tell(f'diverged: {e}; the last good checkpoint is kept and the other rows go on')
         return self.finished(run)
 
-    def _train(self, run: Run, data: Dataset, state: State, facts: dict, asked: Callable[[], bool], tell: Callable[[str], None]) -> None:
+    def _train(self, run: Run, data: Dataset, state: State, facts: dict, asked: Callable[[], bool], tell: Callable[[str], None], team: Alone) -> None:
         "Train, and save after every epoch, every five minutes inside one, and where somebody `asked` to stop."
         kept, saved = _reached(run, state), time.monotonic()
         def save(state: State) -> None:
@@ -234,8 +236,10 @@ class Store:
             if good and state.batch: sealed(self.folder(run)/'within.pt', state.state_dict(), Seal(run.id, 'part', state.epoch))
             if not state.batch: self._save(run, state, facts, tell)
             if good: kept = _reached(run, state)
-            if asked(): raise KeyboardInterrupt
-        try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every)
+            if team.agreed(asked()): raise KeyboardInterrupt
+        team.lead(run, state, torch.get_num_threads())
+        try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every, team)
+        except Left as e: raise Left(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}.') from e
         except KeyboardInterrupt: raise Stopped(f'stopped; run the same command again, {self.folder(run).name} goes on after {kept}') from None
 
     def _resumed(self, run: Run, data: Dataset, device: str|torch.device, tell: Callable[[str], None]) -> State|None:

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import Busy, UserError, replacing, slug, write_text
+from .core import Busy, UserError, locked, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import styled
 from .launch import Job, in_stages, on_ray
 from .networks import network
+from .parallel import launched, undivided
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
 from .runs import hardware, versions
@@ -102,7 +103,8 @@ def concerns(self:Results, run: Run) -> list[str]:
     if run.id not in self.concerned:
         made = self.plan.store.facts(run).get('made with', [])
         ways = {'continued on another device': [str(m.get('device')) for m in made], 'continued on another execution path': [m.get('path', 'eager') for m in made]}
-        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1]
+        shares = max((m['processes'] for m in made if 'batch norm' in m), default=1)
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1] + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1)
     return self.concerned[run.id]
 
 
@@ -354,7 +356,7 @@ def _jobs(plan: Plan, wait: bool) -> list[Job]:
             for row, runs in block.runs.items():
                 for run in runs:
                     if bool(run.start) == later and run.id not in training and not plan.store.finished(run) and not diverged(run):
-                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start))
+                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), _processes(plan, run))
         for row, pairs in block.cells.items():
             for seed, run in enumerate(block.runs[row]):
                 needed = {c: [r for r in (run, plan.source(block, row, c, seed)) if r] for c, _ in plan.unevaluated(block, row, seed)}
@@ -381,11 +383,22 @@ def _loaded(info: datasets.DatasetInfo, data_root: Path, device: torch.device) -
 def _data(plan: Plan, block: Block) -> datasets.Dataset: return _loaded(block.info, plan.parameters.data_root, plan.session.device)
 
 
+def _processes(plan: Plan, run: Run) -> int:
+    "How many processes train it together."
+    return 1 if plan.parameters.gpus_per_run < 2 or undivided(run) else plan.parameters.gpus_per_run
+
+
 def _train(plan: Plan, block: Block, row: str, run: Run, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
-    label = f'{row}, seed {run.seed}' if run.seed else row
+    label, processes = f'{row}, seed {run.seed}' if run.seed else row, _processes(plan, run)
+    if processes < plan.parameters.gpus_per_run: tell(f'{label}: trained by one process, since {undivided(run)}')
     with suppress(Busy):
-        if plan.store.train(run, _data(plan, block), plan.session.device, lambda line: tell(f'{label}: {line}'), wait): tell(f'{label}: trained')
+        if processes > 1:
+            with locked(plan.store.folder(run)/'lock', tell, wait): pass  # nobody else trains it
+            launched(run, processes, block.info.name, plan.parameters.outputs, plan.parameters.data_root, plan.session.device.type, lambda line: tell(f'{label}: {line}'))
+            trained = plan.store.finished(run)
+        else: trained = plan.store.train(run, _data(plan, block), plan.session.device, lambda line: tell(f'{label}: {line}'), wait)
+        if trained: tell(f'{label}: trained')
 
 
 def _evaluate(plan: Plan, block: Block, row: str, seed: int, wait: bool, tell: Callable[[str], None]) -> None:

@@ -46,23 +46,24 @@ class AWP:
 
     def perturbation(self,
         model: nn.Module,
-        loss: Callable[[nn.Module], Tensor]  # model to the scalar that will be minimised
+        loss: Callable[[nn.Module], Tensor], # model to the scalar that will be minimised
+        averaged: Callable = list            # gradients over those examples -> over the whole batch, where processes share it
     ) -> dict[str, Tensor]:                  # name of a layer -> v, with norm gamma times the layer's
         "One step of gradient ascent, rescaled layer by layer."
         layers = perturbable(model)
         with buffers_kept(model):
-            gradients = torch.autograd.grad(loss(model), list(layers.values()), materialize_grads=True)
+            gradients = averaged(torch.autograd.grad(loss(model), list(layers.values()), materialize_grads=True))
         with torch.no_grad():
             moves = {name: w.add(g, alpha=self.lr) - w for (name, w), g in zip(layers.items(), gradients)}
             return {name: self.gamma * (layers[name].norm() / (d.norm() + TINY) * d) for name, d in moves.items()}
 
     @contextmanager
-    def perturbed(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Iterator[None]:
+    def perturbed(self, model: nn.Module, loss: Callable[[nn.Module], Tensor], averaged: Callable = list) -> Iterator[None]:
         "The weights against themselves for the time of one update."
         if self.gamma == 0:
             yield
             return
-        v = self.perturbation(model, loss)
+        v = self.perturbation(model, loss, averaged)
         add(model, v, 1)
         try: yield
         finally: add(model, v, -1)

@@ -12,7 +12,7 @@ from torch import nn
 from adaptive_at.attacks import PGD, CleanStart, UniformStart, per_example
 from adaptive_at.core import UserError, digest, in_epoch
 from adaptive_at.datasets import Batch
-from adaptive_at.iaat import (EIGHT, IAAT, IAAT_RESNET18, IAAT_WRN, SIXTEEN, CrossingPGD, MixupCE, PerRun, RandomTargetPGD, iaat, iaat_baseline,
+from adaptive_at.iaat import (EIGHT, IAAT, IAAT_RESNET18, IAAT_WRN, SIXTEEN, CrossingPGD, HalfRandomTargetPGD, MixupCE, PerRun, RandomTargetPGD, iaat, iaat_baseline,
                               imagenet_baseline, imagenet_iaat, imagenet_training, mixing, mixup_at, other_class)
 from adaptive_at.methods import Method, Training
 from adaptive_at.objectives import AdversarialCE
@@ -452,6 +452,19 @@ def test_imagenet():
     assert method.attack == attack and SIXTEEN == 16/255
     assert in_epoch(method, 30, 110).radius == IAAT(16/255, replace(attack, steps=10), gamma=4/255, beta=0.1, warm=0., least=4/255)
     assert in_epoch(method, 29, 110).radius.warm and imagenet_baseline() == Method(Fixed(16/255), RandomTargetPGD(1/255, 30, mode="train"), AdversarialCE())
+
+
+def test_attacks_in_half_precision_move_by_whole_steps_and_see_rounded_logits():
+    "Appendix D.2."
+    half, full = imagenet_iaat(half=True), imagenet_iaat()
+    assert type(half.attack) is type(half.radius.attack) is HalfRandomTargetPGD and (half.attack.steps, half.radius.attack.steps) == (30, 10) and half.attack.alpha == full.attack.alpha
+    seen = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    net.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    x, y = numbers(6, 3, 4, 4), labels(6, 3)
+    x_adv = replace(half.attack, steps=3, start=CleanStart())(net, x, y, 1.5/255, noise(6))
+    assert set(seen) == {(torch.float32, torch.bfloat16)} and x_adv.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    assert float((x_adv - x).abs().max()) * 255 == pytest.approx(1.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("training, epochs, decay, rates", [

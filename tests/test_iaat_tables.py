@@ -104,7 +104,7 @@ def test_variants_differ_in_what_their_labels_say():
 def test_table_3_is_trained_and_attacked_as_table_8_says():
     for block in planned(3, preset="paper").blocks:
         assert block.protocol.eps == SIXTEEN
-        assert {row: run.method for row, (run,) in block.runs.items()} == {"Clean training": natural(), "Adversarial training": imagenet_baseline(), "IAAT": imagenet_iaat()}
+        assert {row: run.method for row, (run,) in block.runs.items()} == {"Clean training": natural(), "Adversarial training": imagenet_baseline(half=True), "IAAT": imagenet_iaat(half=True)}
         training = block.runs["IAAT"][0].training
         assert (training.epochs, training.weight_decay, training.lr / training.batch) == (110, 1e-4, pytest.approx(0.1 / 256)) and training.lr_at(36) == pytest.approx(training.lr / 10)
         radii = {k: block.columns[f"PGD-1000 eps={k}/255"] for k in (4, 8, 12, 16)}
@@ -119,7 +119,7 @@ def test_table_3_is_trained_and_attacked_as_table_8_says():
         assert reach["Adversarial training"] == pytest.approx(30/16 * eps) and run.method.attack.steps == 10
         assert [block.columns[f"PGD-1000 eps={k}/255"].eps for k in (4, 8, 12, 16)] == pytest.approx([eps / 4, eps / 2, 3 * eps / 4, eps])
     gamma = planned(3, preset="paper", gamma=2., beta=0.2).blocks[0].runs["IAAT"][0].method
-    assert gamma == imagenet_iaat(gamma=2/255, beta=0.2) != imagenet_iaat()
+    assert gamma == imagenet_iaat(gamma=2/255, beta=0.2, half=True) != imagenet_iaat(half=True)
 
 
 # A tiny run, and its figures

@@ -14,11 +14,11 @@ from ..networks import IMAGENET
 from ..plans import Needs, Part, Plan, Recipe, Table
 
 def rows(p):
-    steps = 10 if p.preset == 'quick' else 30
+    steps, half = 10 if p.preset == 'quick' else 30, p.preset == 'paper'  # attacks in half precision, as appendix D.2 says
     return {
         'Clean training':       natural(),
-        'Adversarial training': imagenet_baseline(p.eps, steps),
-        'IAAT':                 imagenet_iaat(p.eps, steps, p.get('gamma', 4.) / 255, p.get('beta', 0.1)),
+        'Adversarial training': imagenet_baseline(p.eps, steps, half=half),
+        'IAAT':                 imagenet_iaat(p.eps, steps, p.get('gamma', 4.) / 255, p.get('beta', 0.1), half=half),
     }
 
 def towards(p, k, steps=1000):
