@@ -171,7 +171,7 @@ class Sent:
         CARRIED.update(self.sources)
         sys.path += [p for p in self.paths if p not in sys.path]
         try: return pickle.loads(self.job)
-        except ImportError as e: raise UserError(f'the machine {machine} of the Ray cluster cannot import {e.name or "what the table uses"}; install it there, or put it where all machines find it.') from None
+        except ImportError as e: raise UserError(f'the machine {machine} of the Ray cluster cannot import {e.name or "what the table uses"} ({" ".join(str(e).split()).rstrip(".")}); install it there, or put it where all machines find it.') from None
 
 
 def on_ray(
@@ -222,7 +222,7 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
     from ray.exceptions import RayActorError
     def tell(line: str) -> None:
         with suppress(RayActorError): lines.put(line)
-    machine = platform.node()
+    machine, job = platform.node(), None
     try:
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
         if device == 'cuda' and not torch.cuda.is_available(): raise UserError(f'the PyTorch of the machine {machine} of the Ray cluster ({torch.__version__}) does not see the GPU that Ray gives it; install a build that matches its driver (pytorch.org, "Get Started").')
@@ -232,6 +232,7 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
         job.work(tell)
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled
     except KeyboardInterrupt as e:
+        if job is None: os._exit(1)   # while it imported: Ray would give this process, with half a library, the next task
         if str(e): tell(str(e))
         raise
 

@@ -207,6 +207,14 @@ def test_ctrl_c_ends_a_task_that_takes_too_long(ray, tmp_path, monkeypatch):
     assert said[1:] == ["begun"] and not workers()
 
 
+def test_a_process_that_is_interrupted_while_it_imports_ends(tmp_path, monkeypatch):
+    "Ray would give it the next task, and half of numpy cannot be imported again."
+    class Sent:
+        def opened(self, machine): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(f"ended with {status}"))
+    with pytest.raises(SystemExit, match="ended with 1"): launch._work(Sent(), 1, "cpu", tmp_path, None)
+
+
 def test_a_stopped_table_goes_on(ray, serial, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LONGEST", 60.)
     said, sent = [], []
@@ -324,7 +332,7 @@ def test_a_module_that_is_not_over_there(tmp_path, monkeypatch):
         m.syspath_prepend(tmp_path)
         sent = launch.Sent(pickle.dumps(Job(importlib.import_module("mine_alone").work)), "", {}, ())
     m.delitem(sys.modules, "mine_alone")
-    assert "cannot import mine_alone; install it there" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
+    assert "cannot import mine_alone (No module named 'mine_alone'); install it there" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
 
 
 # A notebook
