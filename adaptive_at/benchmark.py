@@ -653,7 +653,7 @@ def draw(found: pd.DataFrame, bench: Bench) -> Figure:
     main = bench.clocks[0]
     ratios = found[(found.metric == 'ratio') & (found.clock == main)]
     panels = {'one training step, in units of the textbook loop': ratios[(ratios.part == 'steps') & ratios.reference.str.endswith('textbook')],
-              'one evaluation, in units of the other library': ratios[ratios.part.isin(['evaluation', 'autoattack'])],
+              'one evaluation, in units of the other library': ratios[ratios.part.isin(['evaluation', 'autoattack']) & ~ratios.reference.str.contains('ours')],
               'one step of the small network, in units of AT': ratios[ratios.part == 'rules']}
     with look():
         fig, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout='constrained')
@@ -677,6 +677,8 @@ def draw(found: pd.DataFrame, bench: Bench) -> Figure:
         if len(grown):
             ax.plot([1, 8], [1, 8], color='0.5', lw=1, ls=':')
             ax.set(xscale='log', yscale='log')
+            for set_ticks in (ax.set_xticks, ax.set_yticks): set_ticks([1, 2, 4, 8], ['1', '2', '4', '8'])
+            ax.minorticks_off()
             ax.legend()
         ax.set(title='growth of the small network\'s time', xlabel='size, in units of the smallest', ylabel='time, likewise')
         fig.supxlabel(f'{hardware(bench.device)}, {bench.threads} thread{"s" * (bench.threads > 1)}. Bars: median of the rounds, lines: lowest and highest; black marks: what is aimed at.', fontsize='small')
