@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     "The commands."
-    root = Parser('python -m adaptive_at', description='Look after the run store.')
+    root = Parser('python -m adaptive_at', description='Look after the run store, or train one run.')
     subjects = root.add_subparsers(dest='subject', required=True, parser_class=Parser)
     runs = subjects.add_parser('runs', help='the trained runs')
     runs.add_argument('--outputs', default='outputs', help='the folder that holds `runs` (default: outputs)')
@@ -71,13 +71,13 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
 
 def specified(spec: str, outputs: Path) -> 'Run':
     "The run of a `spec.json`, wherever it is, or of a folder of the store."
-    from adaptive_at.inventory import FOLDER
+    from adaptive_at.inventory import everything, picked
     from adaptive_at.seals import read_sealed
-    there = [path for path in (Path(spec), Path(spec)/'spec.json') if path.is_file()]
-    found = there[:1] or [f/'spec.json' for f in sorted((outputs/'runs').glob('*')) if (named := FOLDER.fullmatch(f.name)) and named[2].startswith(spec) and (f/'spec.json').is_file()]
-    if len(found) != 1 or not spec: raise UserError(f'{spec!r} is no spec.json, no folder with one, and the beginning of {len(found) or "no"} run id{"s" * bool(found)} in {outputs}; `python -m adaptive_at runs` lists them.')
-    told = read_sealed(found[0]).get('run')
-    if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{found[0]} is not the spec of a run.')
+    path = next((p for p in (Path(spec), Path(spec)/'spec.json') if p.is_file()), None)
+    try: path = path or picked(everything(outputs), spec).folder/'spec.json'
+    except UserError as e: raise UserError(f'there is no spec.json at {spec!r}, and {e}') from None
+    told = read_sealed(path).get('run')
+    if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{path} is not the spec of a run.')
     return revived(told)
 
 

@@ -20,7 +20,7 @@ from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
-from .parallel import Left
+from .parallel import Abandoned
 from .seals import Damaged, Seal, read_sealed, seal, unsealed, verified, write_sealed
 from .stopping import Stopped, patiently
 from .training import ALONE, Alone, Diverged, Run, State, followed, snapshot_every, threads, train
@@ -212,7 +212,9 @@ class Store:
                     self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait, team)
                     state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
-            way = (made or [{}])[-1].get('path', 'eager') if state.epoch == run.training.epochs else held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell)) if team.size == 1 else 'eager'
+            if state.epoch == run.training.epochs: way = (made or [{}])[-1].get('path', 'eager')   # nothing is left to train
+            elif team.size > 1: way = 'eager'   # graphs are of whole batches
+            else: way = held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell))
             now = versions() | {'device': hardware(device), 'threads': n, 'path': way} | team.facts(state.model)
             facts = {'run': describe(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_sealed(folder/'spec.json', facts)
@@ -239,7 +241,7 @@ class Store:
             if team.agreed(asked()): raise KeyboardInterrupt
         team.lead(run, state, torch.get_num_threads())
         try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every, team)
-        except Left as e: raise Left(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}.') from e
+        except Abandoned as e: raise Abandoned(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}.') from e
         except KeyboardInterrupt: raise Stopped(f'stopped; run the same command again, {self.folder(run).name} goes on after {kept}') from None
 
     def _resumed(self, run: Run, data: Dataset, device: str|torch.device, tell: Callable[[str], None]) -> State|None:

@@ -461,6 +461,21 @@ def test_ranks_stay_open_where_the_batch_is_normalised_as_a_whole(monkeypatch):
     assert torch.equal(*ends)
 
 
+def test_restarts_take_turns_where_the_batch_is_normalised_as_a_whole():
+    x, attack, models = numbers(12, 1, 8, 8), PGD(0.03, 3, mode="train"), [narrow(classes=3).eval() for _ in range(2)]
+    y = models[0](x).argmax(1)
+    assert all(map(torch.equal, *(m.state_dict().values() for m in models)))
+    x_adv, standing = restarted(attack, models[0], x, y, 0.15, noise(12), 6)
+    wanted, stands, left = x.clone(), models[1](x).argmax(1) == y, []
+    for r in range(6):
+        i = stands.nonzero()[:, 0]
+        wanted[i] = attack(models[1], x[i], y[i], 0.15, noise(12)[i].of("restart", r))
+        stands[i] = models[1](wanted[i]).argmax(1) == y[i]
+        left.append(int(stands.sum()))
+    assert left[2] <= 6 and 0 < left[5] < left[2] and torch.equal(standing, stands) and torch.equal(x_adv, wanted)
+    assert all(map(torch.equal, *(m.state_dict().values() for m in models)))   # the running statistics moved alike
+
+
 def test_more_restarts_break_more():
     model, x, y = wavy(60, wrong=1000)
     stands = [int(restarted(PGD(0.03, 1), model, x, y, 0.04, noise(60), r)[1].sum()) for r in (0, 1, 2, 8)]
