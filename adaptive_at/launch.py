@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 import torch
@@ -28,13 +29,14 @@ class Job:
     threads: int|None = 1            # of its network, on a CPU; None: as many as PyTorch takes
     after: tuple['Job', ...] = ()    # jobs to be done before
     processes: int = 1               # that it starts, each with a device of its own
+    seconds: float = 0.              # about how long it takes
 
 
 def stages(jobs: Sequence[Job]) -> list[list[Job]]:
-    "The jobs, each after those it waits for; jobs of one stage do not wait for each other."
+    "The jobs, each after those it waits for; jobs of one stage do not wait for each other, and the longest is first, so that the last ones end together."
     stage: dict[Job, int] = {}
     for job in jobs: stage[job] = 1 + max((stage[a] for a in job.after), default=-1)
-    return [[job for job in jobs if stage[job] == n] for n in range(max(stage.values(), default=-1) + 1)]
+    return [sorted((job for job in jobs if stage[job] == n), key=lambda job: -job.seconds) for n in range(max(stage.values(), default=-1) + 1)]
 
 
 def in_stages(jobs: Sequence[Job], workers: int, tell: Tell = print) -> None:
@@ -94,6 +96,7 @@ def joined(address: str) -> Iterator[Any]:
         yield ray
         return
     if address: reached(address)
+    else: os.environ.setdefault('RAY_num_workers_soft_limit', str(cores() + 2))  # as many as there are CPUs, and it would end and start them all the time: the queue of lines has a process too
     for left in (2, 1, 0):
         try:
             if address: ray.init(address=address, **QUIET)
@@ -175,7 +178,7 @@ class Sent:
 
 
 def on_ray(
-    jobs: Sequence[Job],     # none before one that it waits for
+    jobs: Sequence[Job],
     address: str,            # of a cluster; empty: Ray starts on this machine
     device: str,             # cpu or cuda, of the tasks
     folder: Path,            # the store's, which all machines share
@@ -196,7 +199,7 @@ def on_ray(
             with suppress(ray.exceptions.RayActorError):   # the queue's machine died: the work goes on in silence
                 for line in lines.get_nowait_batch(lines.qsize()): tell(line)
         try:
-            for job in jobs:
+            for job in chain.from_iterable(stages(jobs)):
                 sent = Sent(ray.cloudpickle.dumps(replace(job, after=())), digest(job.specs), sources, paths)
                 refs[job] = task.options(**taken[job], max_retries=RETRIES).remote(sent, int(taken[job]['num_cpus']), device, folder, lines, *(refs[a] for a in job.after))
             left = list(refs.values())
@@ -219,10 +222,9 @@ def _counted(n: float, what: str) -> str: return f'{n:g} {what}' + 's' * (n != 1
 
 def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *before: None) -> None:
     "A task, in its own process."
-    from ray.exceptions import RayActorError
-    def tell(line: str) -> None:
-        with suppress(RayActorError): lines.put(line)
-    machine, job = platform.node(), None
+    import ray
+    machine, job, said = platform.node(), None, []
+    def tell(line: str) -> None: said[:] = [lines.actor.put_nowait.remote(line)]   # not waited for: Ray gives the CPUs of a task that waits to another one
     try:
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
         if device == 'cuda' and not torch.cuda.is_available(): raise UserError(f'the PyTorch of the machine {machine} of the Ray cluster ({torch.__version__}) does not see the GPU that Ray gives it; install a build that matches its driver (pytorch.org, "Get Started").')
@@ -235,6 +237,8 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
         if job is None: os._exit(1)   # while it imported: Ray would give this process, with half a library, the next task
         if str(e): tell(str(e))
         raise
+    finally:
+        with suppress(ray.exceptions.RayActorError): ray.get(said)   # lines arrive in order: after the last one, all are there
 
 
 def _stop(ray: Any, refs: list, heard: Callable[[], None]) -> None:

@@ -451,6 +451,14 @@ class Left:
 
 
 @patch
+def evaluating(self:Plan, block: Block, column: str, cost: Cost) -> float:
+    "About how many seconds one cell takes."
+    c, n = block.columns[column], self.examples(block, column)
+    n = n or (block.info.n_train if c.part == 'train' else block.info.n_test)
+    return min(getattr(c, 'limit', 0) or n, n) * (c.steps + 1) * cost.judging
+
+
+@patch
 def left(self:Plan, block: Block, row: str) -> Left:
     "What is left of a row, and about how long it takes."
     runs, info = block.runs[row], block.info
@@ -458,10 +466,8 @@ def left(self:Plan, block: Block, row: str) -> Left:
     waiting = [c for seed in range(len(runs)) for c, _ in self.unevaluated(block, row, seed)]
     if not begun and not waiting: return Left([], [])   # nothing is measured
     cost = self.cost(runs[0], info)
-    n = {c: self.examples(block, c) or (info.n_train if block.columns[c].part == 'train' else info.n_test) for c in set(waiting)}
-    evaluating = sum(min(getattr(block.columns[c], 'limit', 0) or n[c], n[c]) * (block.columns[c].steps + 1) for c in waiting) * cost.judging
     training = sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun)
-    return Left(begun, waiting, training / max(1, self.parameters.gpus_per_run), evaluating)
+    return Left(begun, waiting, training / max(1, self.parameters.gpus_per_run), sum(self.evaluating(block, c, cost) for c in waiting))
 
 
 @patch

@@ -84,6 +84,22 @@ def test_stages_put_every_job_after_those_it_waits_for():
     assert stages([a, b, c, d]) == [[a, b], [c], [d]] and stages([]) == []
 
 
+def test_the_longest_job_of_a_stage_is_first():
+    a, b, c = Job(print, seconds=1.), Job(print, seconds=3.), Job(print, seconds=2.)
+    d = Job(print, after=(a,), seconds=9.)
+    assert stages([a, b, c, d]) == [[b, c, a], [d]]
+
+
+def test_a_long_evaluation_is_a_job_of_its_own(tmp_path):
+    plan = planned(tmp_path, columns="clean,PGD-20,AA", train_examples=0, test_examples=0, rows="Natural")
+    training, together, alone = _jobs(plan, False)
+    cells = {job: job.work.args[4] for job in (together, alone)}
+    assert sorted(c for c, _ in cells[together]) == ["PGD-20", "natural"] and [c for c, _ in cells[alone]] == ["AA"]
+    assert alone.seconds > 10 > together.seconds > 0 and training.seconds > 0 and together.after == alone.after == (training,)
+    left = plan.left(plan.blocks[0], "Natural")
+    assert together.seconds + alone.seconds == pytest.approx(left.evaluating) and training.seconds == pytest.approx(left.training)
+
+
 def test_jobs_in_stages_run_in_processes_of_their_own():
     said = []
     first = Job(lambda tell: tell(f"first {os.getpid()}"))
@@ -167,6 +183,26 @@ def test_a_rule_of_a_script_is_sent_with_its_source_to_a_cluster(ray, tmp_path):
     assert done.returncode == 0, done.stderr
     on_ray, here = [line for line in done.stdout.splitlines() if re.match(r"\w{12} [\d.]+$", line)]
     assert on_ray == here and contents(tmp_path/"a") == contents(tmp_path/"b") != {}
+
+
+class Talks:
+    "Work that says something all the time, and how many tasks are at work."
+    def __init__(self, folder): self.folder = folder
+    def __call__(self, tell):
+        own = self.folder/f"at-work-{os.getpid()}"
+        own.touch()
+        for _ in range(100):
+            tell(f"{len(list(self.folder.glob('at-work-*')))} at work")
+            time.sleep(0.05)
+        own.unlink()
+
+
+def test_tasks_that_talk_do_not_outnumber_the_cpus(ray, tmp_path):
+    "Ray gives the CPUs of a task that waits, for instance until its line is heard, to another one, and takes none back."
+    said, cpus = [], int(ray.cluster_resources()["CPU"])
+    on_ray([Job(Talks(tmp_path)) for _ in range(2 * cpus)], "", "cpu", tmp_path, said.append)
+    counts = [int(line.split()[0]) for line in said[1:]]
+    assert len(counts) == 2 * cpus * 100 and max(counts) == cpus
 
 
 # Ctrl-C
