@@ -624,7 +624,7 @@ def _told(line) -> str:
     return text + (f' [{line.low:,.{digits}f}, {line.high:,.{digits}f}]' if line.low == line.low else '')
 
 
-NOTES = {'steps': 'Ratios of times in the same round, median [lowest, highest]; smaller is faster. The textbook loop calls `backward()` in the attack; that of TRADES sends the clean images through the network in every step. PyTorch\'s defaults: on a GPU, fp32 convolutions may use TF32, fp32 products do not.',
+NOTES = {'steps': 'Ratios of times in the same round, median [lowest, highest]; smaller is faster. The textbook loop calls `backward()` in the attack; that of TRADES sends the clean images through the network in every step, and twice for the outer loss. PyTorch\'s defaults: on a GPU, fp32 convolutions may use TF32, fp32 products do not.',
          'rules': 'A step of each method in units of a step of AT; and what the plan\'s cost model says of a step in units of what it took.',
          'evaluation': 'PGD on the same weights and images: time in units of the other library\'s, and robust accuracy. *Any iterate* counts an example as broken where any point on the way fools the network, so never more of them stand; all others look at the last point, as the papers do.', 'autoattack': 'The same standard ensemble through this package and called directly.',
          'fidelity': 'The fast way against the eager fp32 loop, same images and start.', 'kernels': 'Time in operators that compute, as a share of a step with the profiler running.',

@@ -30,7 +30,7 @@ def careful(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def trades_wasteful(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    "As in yaodongyu/TRADES, trades.py: of the images alone, but the clean images go through the network again in every step."
+    "As in yaodongyu/TRADES, trades.py: of the images alone, but the clean images go through the network in every step."
     x_adv = x_adv.detach().requires_grad_()
     loss = F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1), reduction='sum')
     return torch.autograd.grad(loss, x_adv)[0]
@@ -73,15 +73,16 @@ def at_loop(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Te
 
 
 def trades_loop(model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int, gradient: Gradient = trades_wasteful, start: Tensor|None = None, beta: float = 6.) -> Tensor:
-    "One step of TRADES; the loss."
+    "One step of TRADES; the loss. Like the gradient, the wasteful one sends the clean images through the network again (yaodongyu/TRADES, trades.py, trades_loss)."
     model.eval()
     with torch.no_grad(): given = F.softmax(model(x), 1) if gradient is trades_careful else y
     start = x + 0.001 * torch.randn_like(x) if start is None else start
     x_adv = pgd_loop(model, x, given, eps, alpha, steps, gradient, start)
     model.train()
     optimiser.zero_grad()
-    clean = model(x)
-    loss = F.cross_entropy(clean, y) + beta * F.kl_div(F.log_softmax(model(x_adv), 1), F.softmax(clean, 1), reduction='batchmean')
+    clean, robust = model(x), F.log_softmax(model(x_adv), 1)
+    target = clean if gradient is trades_careful else model(x)
+    loss = F.cross_entropy(clean, y) + beta * F.kl_div(robust, F.softmax(target, 1), reduction='batchmean')
     loss.backward()
     optimiser.step()
     return loss.detach()
