@@ -493,7 +493,7 @@ def show(self:Plan):
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
     if self.parameters.launcher == 'ray':
         takes = dict.fromkeys(f'{spoken_resources(r.network.threads, self.session.device.type, max(1, self.parameters.gpus_per_run))} ({r.network.label})' for b in self.blocks for runs in b.runs.values() for r in runs)
-        how += f", {'were it done one task after another' if self.parameters.address else 'all of this machine used'}; a Ray task, which is a run or the evaluations of one, takes {' or '.join(takes)}"
+        how += f", {'were it done one task after another' if self.parameters.address else 'all of this machine used'}; a Ray task, which is a run or some of its evaluations, takes {' or '.join(takes)}"
     print(f'{self.table.title} Preset {self.preset.name}: about {spoken(seconds)} of work, {how}; {size / 2**20:,.0f} MB of disk for new runs, {where / 2**30:,.0f} GB free.')
     return styled(pd.DataFrame(lines).set_index(['dataset', 'row']), 'Plan', ['dry run: nothing will be trained'] if self.parameters.dry_run else [])
 
