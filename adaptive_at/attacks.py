@@ -191,7 +191,7 @@ def restarted(
     "The first restart that fools the model, per example (the last one where none does)."
     x_adv, standing, r = x.clone(), model(x).argmax(1) == y, 0
     while r < restarts and len(i := standing.nonzero()[:, 0]):
-        n, there = min(restarts - r, len(x) // len(i)) if attack.mode == 'eval' else 1, torch.arange(len(i), device=x.device)   # as many restarts side by side as the batch has room for; not where it is normalised as a whole
+        n, there = min(restarts - r, len(x) // len(i)) if getattr(attack, 'mode', '') == 'eval' else 1, torch.arange(len(i), device=x.device)   # as many restarts side by side as the batch has room for; not where it is normalised as a whole
         tried = attack(model, x[i].repeat(n, *[1] * (x.dim() - 1)), y[i].repeat(n), eps, joined([noise[i].of('restart', r + k) for k in range(n)]))
         fooled = model(tried).argmax(1).view(n, -1) != y[i]   # not the labels that the attack was given: they are its own
         first = torch.where(fooled.any(0), fooled.int().argmax(0), n - 1)

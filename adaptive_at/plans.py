@@ -352,11 +352,11 @@ class Cost:
         "Seconds of an epoch of `n` images, monitoring aside."
         return n * ((method.passes - method.updates) * self.attack + method.updates * self.update)
 
-    def run(self, run: Run, info: DatasetInfo) -> float:
-        "Seconds of a whole run, monitoring included."
+    def run(self, run: Run, info: DatasetInfo, done: int = 0) -> float:
+        "Seconds of a run, monitoring included, after the `done` epochs that it has."
         n, monitor = run.train_examples or info.n_train, run.monitor
         monitored = 2 * min(monitor.examples or n, info.n_test) + min(monitor.examples or n, info.n_val)
-        return run.training.epochs * (self.epoch(run.method, n) + monitored * (monitor.attack.steps + 1) / monitor.every * self.judging)
+        return (run.training.epochs - done) * (self.epoch(run.method, n) + monitored * (monitor.attack.steps + 1) / monitor.every * self.judging)
 
 
 @lru_cache
@@ -466,7 +466,7 @@ def left(self:Plan, block: Block, row: str) -> Left:
     waiting = [c for seed in range(len(runs)) for c, _ in self.unevaluated(block, row, seed)]
     if not begun and not waiting: return Left([], [])   # nothing is measured
     cost = self.cost(runs[0], info)
-    training = sum(cost.run(r, info) * (1 - done / r.training.epochs) for r, done in begun)
+    training = sum(cost.run(r, info, done) for r, done in begun)
     return Left(begun, waiting, training / max(1, self.parameters.gpus_per_run), sum(self.evaluating(block, c, cost) for c in waiting))
 
 

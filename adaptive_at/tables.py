@@ -355,8 +355,8 @@ def _jobs(plan: Plan, wait: bool) -> list[Job]:
             for row, runs in block.runs.items():
                 for run in runs:
                     if bool(run.start) == later and run.id not in training and not plan.store.finished(run) and not _diverged(plan, run):
-                        n, left = _processes(plan, run), 1 - len(plan.store.history(run)) / run.training.epochs
-                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), n, plan.cost(run, block.info).run(run, block.info) * left / n)
+                        n, seconds = _processes(plan, run), plan.cost(run, block.info).run(run, block.info, len(plan.store.history(run)))
+                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), n, seconds / n)
         evaluating = [job for row in block.cells for seed in range(len(block.runs[row])) for job in _evaluations(plan, block, row, seed, training, wait)]
         if training or evaluating: datasets.load(block.info.name, plan.parameters.data_root)  # fetched once, and there in all processes that are forked
         jobs += [*training.values(), *evaluating]

@@ -476,6 +476,14 @@ def test_restarts_take_turns_where_the_batch_is_normalised_as_a_whole():
     assert all(map(torch.equal, *(m.state_dict().values() for m in models)))   # the running statistics moved alike
 
 
+def test_an_attack_that_has_no_mode_is_restarted_as_well():
+    model, x, y = wavy(12)
+    class Own:
+        def __call__(self, model, x, y, eps, noise): return x
+    x_adv, standing = restarted(Own(), model, x, y, 0.1, noise(12), 3)
+    assert torch.equal(x_adv, x) and torch.equal(standing, model(x).argmax(1) == y)
+
+
 def test_more_restarts_break_more():
     model, x, y = wavy(60, wrong=1000)
     stands = [int(restarted(PGD(0.03, 1), model, x, y, 0.04, noise(60), r)[1].sum()) for r in (0, 1, 2, 8)]
