@@ -99,7 +99,7 @@ def path(
 
 
 def pays(run, images: int, device: torch.device) -> bool:
-    "Is compiling worth its time?"
+    "Is compiling worth its time? (Small networks, and with them all that have dropout, are left as they are: PyTorch 2.15's compiler crashes on dropout's counter.)"
     passes = run.training.epochs * (images // run.training.batch) * run.method.passes
     return device.type == 'cuda' and run.network.threads is None and passes >= PASSES and os.environ.get('TORCH_COMPILE_DISABLE') != '1'
 

@@ -379,7 +379,7 @@ class MNISTCNN(Network):
     hidden: int = 1024      # units of the first fully connected layer
     padding: int = 2
     dropout: float = 0.     # of the last maps' channels and of the hidden units
-    label = 'CNN (2 conv + 2 fc)'
+    label, threads = 'CNN (2 conv + 2 fc)', 1
     def parts(self, channels):
         (a, b), side = self.filters, 7 if self.padding == 2 else 4
         return nn.Sequential(*convolutions(channels, (a, 0, b, 0), 5, self.padding), Dropout(self.dropout, channels=True), Grid(side),
@@ -393,7 +393,7 @@ TRADES_NET = dict(filters=(10, 20), hidden=50, padding=0, dropout=0.5)
 class SmallCNN(Network):
     "Four 3x3 convolutions and three fully connected layers, TRADES' MNIST network (yaodongyu/TRADES, small_cnn.py); images of 28 pixels."
     dropout: float = 0.5    # of the first hidden layer
-    label = 'CNN (4 conv + 3 fc)'
+    label, threads = 'CNN (4 conv + 3 fc)', 1
     def parts(self, channels):
         return nn.Sequential(*convolutions(channels, (32, 32, 0, 64, 64, 0), padding=0), Grid(4),
                              nn.Linear(64 * 4 * 4, 200), nn.ReLU(), Dropout(self.dropout), nn.Linear(200, 200), nn.ReLU()), 200
@@ -452,6 +452,8 @@ def folded(model: nn.Module):
             scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
             weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
             bias = (0 if bn.bias is None else bn.bias) + scale * ((0 if conv.bias is None else conv.bias) - bn.running_mean)
+            if torch.is_autocast_enabled(weight.device.type):   # once, and not in every pass: autocast keeps what it lowers of layers that ask for gradients alone
+                weight, bias = (t.to(torch.get_autocast_dtype(weight.device.type)) for t in (weight, bias))
         conv.forward, bn.forward = partial(conv._conv_forward, weight=weight, bias=bias), _same
         done.append((conv, bn))
     try: yield model

@@ -489,7 +489,7 @@ def show(self:Plan):
             lines.append({'dataset': self.named(block), 'row': row + ('' if row in block.rows else ' (for a figure or as a surrogate)'), 'epochs': runs[0].training.epochs, 'seeds': len(runs),
                           'runs': 'in the store' if not left.runs else f'{len(left.runs)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
                           'evaluations': f'{len(left.evaluations)} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(left.seconds) if left.seconds else '–'})
-    how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations'
+    how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations' + ' (this CPU takes far longer)' * (self.device.type == 'cpu')
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free
     if self.parameters.launcher == 'ray':
         takes = dict.fromkeys(f'{spoken_resources(r.network.threads, self.session.device.type, max(1, self.parameters.gpus_per_run))} ({r.network.label})' for b in self.blocks for runs in b.runs.values() for r in runs)

@@ -68,6 +68,15 @@ def test_table_1_on_mnist_attacks_as_trades_script_does(tmp_path):
     assert [MNIST_TRAINING.lr_at(e) for e in (0, 53, 54, 74, 89)] == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-5]) and (MNIST_TRAINING.epochs, MNIST_TRAINING.weight_decay) == (100, 2e-4)
 
 
+@pytest.mark.parametrize("n, measured, how", [(1, False, "on one GPU, other networks by their operations (this CPU takes far longer)"), (2, True, "measured on this device")])
+def test_on_a_cpu_mnists_networks_train_side_by_side_at_the_measured_cost_and_a_gpus_cost_is_named_as_such(tmp_path, monkeypatch, capsys, n, measured, how):
+    monkeypatch.setattr("adaptive_at.plans.cores", lambda: 3)
+    plan = planned(n, tmp_path)
+    assert plan.measured() == measured and plan.workers(plan.blocks[-1]) == 3
+    plan.show()
+    assert how in capsys.readouterr().out
+
+
 def test_on_digits_both_labels_of_table_1_are_one_evaluation_and_other_images_get_one_label(tmp_path):
     quick = block(1, tmp_path, preset="quick")
     assert quick.shown == ["natural", "PGD eps=0.3", "PGD eps=8/255"] and quick.columns["PGD eps=0.3"] == quick.columns["PGD eps=8/255"] == WhiteBox(PGD(0.25 / 20, 20), 0.25)

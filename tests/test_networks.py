@@ -1,4 +1,6 @@
 "Networks against published sizes, torchvision's, and the papers' released layouts written out with plain functions."
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,6 +379,17 @@ def test_folding_leaves_train_mode_alone_and_ends_with_an_exception():
     assert not any("forward" in vars(m) for m in net.modules())
     for _ in range(2): twin(x)
     assert int(net.body[3].bn1.num_batches_tracked) == int(twin.body[3].bn1.num_batches_tracked) == 3 and int(net.body[1].num_batches_tracked) == 0
+
+
+def test_what_is_folded_is_lowered_once_and_to_what_autocast_would_make_of_it():
+    net, x = used(NarrowResNet(width_factor=4), 1).float(), numbers(2, 1, 8, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        with folded(net): high = {m: m.forward.keywords for m in net.modules() if "forward" in vars(m) and hasattr(m.forward, "keywords")}
+        with torch.autocast("cpu", dtype), folded(net):
+            assert {t.dtype for m in high for t in m.forward.keywords.values()} == {dtype}
+            got = net(x)
+            for m, fp32 in high.items(): m.forward = partial(m._conv_forward, **fp32)
+            assert got.dtype == dtype and torch.equal(got, net(x))
 
 
 def test_an_attack_folds_in_eval_mode_only_and_with_the_weights_it_meets():
