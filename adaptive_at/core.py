@@ -176,12 +176,12 @@ class Ramp:
     "A value that moves linearly, and then is another one."
     first: float         # in the first epoch
     last: float          # in the last epoch of the ramp
-    until: float = 1.    # where the ramp ends, as a fraction of the run's length
+    until: float = 1.    # where the ramp ends, as a fraction of the run's length, rounded to whole epochs; at least one, unless it is 0
     after: float = 0.    # the value from there on
 
     def value(self, epoch: float, epochs: int) -> float:
         "The value in force after `epoch` epochs (counted from 0; the fraction inside an epoch is ignored)."
-        length = round(self.until * epochs)
+        length = max(1, round(self.until * epochs)) if self.until else 0
         if int(epoch) >= length: return self.after
         return self.first + (self.last - self.first) * int(epoch) / max(1, length - 1)
 

@@ -9,6 +9,7 @@ __all__ = ['EIGHT', 'SIXTEEN', 'IAAT_RESNET18', 'IAAT_WRN', 'CrossingPGD', 'othe
 
 # %% ../nbs/62_iaat.ipynb #b21d351b
 from dataclasses import dataclass, replace
+from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import PGD, project
@@ -86,6 +87,7 @@ class IAAT(RadiusRule):
     warm: float|Ramp = 0.                # 1 while the warm-up lasts, then 0
     least: float = 0.                    # smallest radius that trains, after the warm-up
     misclassified: str = 'released'      # or 'printed': trained on the clean image, memory as everyone's
+    version: ClassVar[int] = 2           # 2: a warm-up lasts an epoch at least
 
     def __post_init__(self):
         if self.misclassified not in ('released', 'printed'): raise UserError(f"IAAT: misclassified is {self.misclassified!r}; it must be 'released' or 'printed'.")

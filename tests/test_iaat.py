@@ -139,7 +139,7 @@ def test_the_memory_at_the_end_of_the_warm_up():
     assert radii.tolist() == [[8., 0., 8., 0.], [8., 8., 0., 0.]] and memories.tolist() == [[8.] * 4] * 2 and set(tried) == {"clean"}
 
 
-@pytest.mark.parametrize("warmup, epochs, length, warm", [(5, 200, 200, 5), (10, 110, 110, 10), (0, 200, 200, 0), (5, 200, 30, 1), (10, 110, 30, 3)])
+@pytest.mark.parametrize("warmup, epochs, length, warm", [(5, 200, 200, 5), (10, 110, 110, 10), (0, 200, 200, 0), (5, 200, 30, 1), (10, 110, 30, 3), (5, 200, 20, 1), (5, 200, 3, 1), (0, 200, 20, 0)])
 def test_the_warm_up_lasts_the_papers_epochs(warmup, epochs, length, warm):
     method = iaat(EIGHT, warmup, epochs)
     assert [bool(in_epoch(method, e, length).radius.warm) for e in range(length)] == [True] * warm + [False] * (length - warm)
