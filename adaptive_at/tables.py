@@ -181,17 +181,28 @@ def claims(self:Results,
     claims: list[tuple[str, str, str, str]], # sentence; the row said to be higher; the row said to be lower; column
     which: str = ''                          # checkpoint; empty: the table's
 ) -> Styler|str:
-    "What this run shows of a paper's claims."
-    if self.plan.parameters.dry_run: return 'dry run: nothing was trained'
+    "What this run shows of a paper's claims. `claims.csv` (`claims-WHICH.csv`) gets what all that the store holds for the table shows."
+    plan, whole = self.plan, self.plan.whole()
+    if plan.parameters.dry_run: return 'dry run: nothing was trained'
+    shown = self._judged(claims, which)
+    judged = shown if whole is plan else [of_all if of_all['n'] else own for of_all, own in zip(Results(whole)._judged(claims, which), shown)]
+    write_text(plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])).to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    lines = [{'dataset': line['dataset'], 'claim': line['claim'], 'this run': line['verdict'], 'difference': '{difference:+.1f} points [{low:+.1f}, {high:+.1f}]'.format(**line) if line['n'] else ''} for line in shown]
+    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
+
+
+@patch
+def _judged(self:Results, claims: list[tuple[str, str, str, str]], which: str) -> list[dict]:
+    "A line for each block and claim; `n` is 0 where it was not run."
     lines = []
     for block in self.plan.blocks:
         for text, higher, lower, column in claims:
             pairs = list(zip(*(self.of(block, row, column, which) for row in (higher, lower))))
-            if not pairs: lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': 'not run', 'difference': ''}); continue
-            d, low, high = paired(*(torch.cat([scores(p[i]) for p in pairs]) for i in (0, 1)))
-            verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot tell at this size'
-            lines.append({'dataset': self.plan.named(block), 'claim': text, 'this run': verdict, 'difference': f'{d:+.1f} points [{low:+.1f}, {high:+.1f}]'})
-    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
+            a, b = (torch.cat([torch.zeros(0), *(scores(p[i]) for p in pairs)]) for i in (0, 1))
+            d, low, high = paired(a, b) if pairs else (np.nan,) * 3
+            verdict = 'not run' if not pairs else 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot tell at this size'
+            lines.append({'dataset': self.plan.named(block), 'claim': text, 'higher': higher, 'lower': lower, 'column': column, 'verdict': verdict, 'difference': d, 'low': low, 'high': high, 'n': len(a), 'seeds': len(pairs)})
+    return lines
 
 # %% ../nbs/90_tables.ipynb #521d36fd
 @patch

@@ -1,5 +1,6 @@
 "What the figures and claims of DAAT's Table 1 rest on."
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from adaptive_at import datasets
@@ -78,22 +79,25 @@ def test_effect_size_interval_covers_the_truth():
 
 class Stored:
     "Stands for a plan and its results: fixed verdicts per row."
-    def __init__(self, **verdicts):
+    def __init__(self, folder, **verdicts):
         from types import SimpleNamespace as Name
         from adaptive_at.tables import Results
         self.results = object.__new__(Results)
         block = Name(info=Name(name="digits", label="digits"))
-        self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoints=("last",)), named=lambda block: "digits")
+        self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoints=("last",)), named=lambda block: "digits", folder=folder, whole=lambda: self.results.plan)
         self.results.cells = {(0, row, "natural", "last"): [{"standing": pack(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
 
     def verdict(self, higher, lower):
         return self.results.claims([("c", higher, lower, "natural")]).data["this run"].iloc[0]
 
 
-def test_claims_are_computed():
+def test_claims_are_computed(tmp_path):
     high, low, close = [1] * 90 + [0] * 10, [0] * 40 + [1] * 60, [1] * 91 + [0] * 9
-    stored = Stored(high=high, low=low, close=close)
+    stored = Stored(tmp_path, high=high, low=low, close=close)
     assert stored.verdict("high", "low") == "holds"
     assert stored.verdict("low", "high") == "does not hold"
     assert stored.verdict("close", "high") == "cannot tell at this size"
-    assert stored.verdict("high", "absent") == "not run"
+    assert stored.verdict("high", "absent") == "not run" and len(pd.read_csv(tmp_path/"claims.csv")) == 0
+    stored.results.claims([("c", "high", "low", "natural"), ("d", "high", "absent", "natural")], "last")
+    line, = pd.read_csv(tmp_path/"claims-last.csv").to_dict("records")
+    assert (line["claim"], line["verdict"], line["difference"], line["n"], line["seeds"]) == ("c", "holds", 30, 100, 1) and line["low"] < 30 < line["high"]
