@@ -116,6 +116,11 @@ def test_a_part_of_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     clean, natural = (run(TABLE, **TINY, rows="DAAT", columns=name, figures="none").frame for name in ("clean", "natural"))
     assert clean.equals(natural) and list(clean.column) == ["natural"]
+    kept = tmp_path/"outputs"/"table1_daat"/"quick"/"claims.csv"
+    assert {(l["higher"], l["lower"], l["column"]) for l in csv.DictReader(kept.read_text().splitlines())} == {("DAAT", "Standard AT", "natural"), ("DAAT", "Standard AT", "AA")}
+    shown = run(TABLE, **TINY, rows="DAAT", columns="natural", figures="none").claims([("DAAT is ahead", "DAAT", "Standard AT", "natural")])
+    line, = csv.DictReader(kept.read_text().splitlines())   # of all that is in the store
+    assert list(shown.data["this run"]) == ["not run"] and line["claim"] == "DAAT is ahead" and line["verdict"] != "not run"
 
 
 # The paper preset
