@@ -192,11 +192,11 @@ def test_ctrl_c_stops_a_job_of_torchrun_after_a_step(tmp_path):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_the_imagenet_table_runs_in_the_papers_preset(root, tmp_path, processes, monkeypatch):  # noqa: F811
     monkeypatch.setattr(plans, "measured_cost", lambda *args: plans.Cost(1e-3, 2e-3, 1e-3))   # on 128 images of this size: too much for a test
-    results = run_table(IMAGENET, preset="paper", device="cpu", network="early", rows="IAAT", columns="natural", figures="none", epochs=1, train_examples=3, test_examples=2,
+    results = run_table(IMAGENET, preset="paper", device="cpu", network="early", rows="IAAT", columns="natural", figures="none", epochs=2, train_examples=3, test_examples=2,
                         gpus_per_run=processes, data_root=str(root), outputs=str(tmp_path))
     (run,), = (block.runs["IAAT"] for block in results.plan.blocks)
     store = results.plan.store
-    assert run.method == imagenet_iaat(half=True) and run.training.epochs == 1 and store.finished(run) and results.frame.value.notna().all()
+    assert run.method == imagenet_iaat(half=True) and run.training.epochs == 2 and store.finished(run) and results.frame.value.notna().all()
     bank, made = store.radius(run), store.facts(run)["made with"][-1]
     assert (bank["used"] > 0).sum() == 3 and bank["used"][bank["used"] > 0].min() == pytest.approx(4/255)   # the lower bound
     assert made.get("processes", 1) == (processes or 1) and ("batch norm" in made) == (processes > 1)
