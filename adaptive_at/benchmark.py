@@ -25,10 +25,10 @@ from . import datasets, peers
 from .attacks import CleanStart, PGD, per_example
 from .cat import cat
 from .compiled import compiled
-from .core import UserError, in_epoch, project_root, replacing, slug, write_text
+from .core import UserError, in_epoch, project_root, replacing, slug
 from .datasets import Batch, Dataset
 from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
-from .figures import GREY, PALETTE, look, styled
+from .figures import GREY, PALETTE, look, styled, tidy
 from .iaat import iaat
 from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
 from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
@@ -612,7 +612,7 @@ def write(found: pd.DataFrame, bench: Bench) -> pd.DataFrame:
         keys = set(map(tuple, found[['part', 'network', 'batch']].values))
         found = pd.concat([old[[tuple(k) not in keys for k in old[['part', 'network', 'batch']].values]], found], ignore_index=True)
     found = found.sort_values('part', key=lambda part: part.map(PARTS.index), kind='stable', ignore_index=True)
-    write_text(path, found.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    tidy(path, found)
     return found
 
 # %% ../nbs/97_benchmark.ipynb #854a1600

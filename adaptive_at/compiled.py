@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .networks import in_mode
+from .networks import Dropout, in_mode
 from .streams import key, uniform
 from .weights import buffers_kept
 
@@ -63,6 +63,7 @@ def compiled(
     kind = next(model.parameters()).device
     x = uniform(key('compiled'), torch.arange(shape[0], device=kind), tuple(shape[1:]))
     try:
+        if any(isinstance(m, Dropout) and m.p for m in model.modules()): raise NotImplementedError('dropout that counts its calls')   # PyTorch 2.15 crashes on a CPU
         with torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
             imaged = _graph(model, x, mode, False, lowered) if mode else None
             learnt = _graph(model, x, 'train', True, lowered)
@@ -99,7 +100,7 @@ def path(
 
 
 def pays(run, images: int, device: torch.device) -> bool:
-    "Is compiling worth its time? (Small networks, and with them all that have dropout, are left as they are: PyTorch 2.15's compiler crashes on dropout's counter.)"
+    "Is compiling worth its time?"
     passes = run.training.epochs * (images // run.training.batch) * run.method.passes
     return device.type == 'cuda' and run.network.threads is None and passes >= PASSES and os.environ.get('TORCH_COMPILE_DISABLE') != '1'
 

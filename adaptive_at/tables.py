@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import Busy, UserError, locked, replacing, slug, write_text
+from .core import Busy, UserError, locked, replacing, slug
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
-from .figures import styled
+from .figures import styled, tidy
 from .launch import Job, in_stages, on_ray
 from .networks import network
 from .parallel import launched, undivided
@@ -42,6 +42,11 @@ class Results:
         self.cells = {(i, row, c, w): [plan.verdict(b, row, c, seed, w) for seed in range(len(b.runs[row]))] for i, b in enumerate(plan.blocks) for row, pairs in b.cells.items() for c, w in pairs}
         self.lines = {(i, row, c, w): self._line(b, row, c, w) for i, b in enumerate(plan.blocks) for row in b.rows for w in plan.table.checkpoints for c in b.shown if b.columns[c].surrogate != row}
         self.frame = pd.DataFrame(list(self.lines.values()), columns=COLUMNS)
+
+    def whole(self) -> 'Results':
+        "The same of all rows and columns."
+        plan = self.plan.whole()
+        return self if plan is self.plan else Results(plan)
 
     def of(self, block: Block, row: str, column: str, which: str = '') -> list[dict]:
         "The stored results of one cell, one per seed."
@@ -182,11 +187,10 @@ def claims(self:Results,
     which: str = ''                          # checkpoint; empty: the table's
 ) -> Styler|str:
     "What this run shows of a paper's claims. `claims.csv` (`claims-WHICH.csv`) gets what all that the store holds for the table shows."
-    plan, whole = self.plan, self.plan.whole()
-    if plan.parameters.dry_run: return 'dry run: nothing was trained'
-    shown = self._judged(claims, which)
-    judged = shown if whole is plan else [of_all if of_all['n'] else own for of_all, own in zip(Results(whole)._judged(claims, which), shown)]
-    write_text(plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])).to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    if self.plan.parameters.dry_run: return 'dry run: nothing was trained'
+    shown, whole = self._judged(claims, which), self.whole()
+    judged = shown if whole is self else [of_all if of_all['n'] else own for of_all, own in zip(whole._judged(claims, which), shown)]
+    tidy(self.plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])))
     lines = [{'dataset': line['dataset'], 'claim': line['claim'], 'this run': line['verdict'], 'difference': '{difference:+.1f} points [{low:+.1f}, {high:+.1f}]'.format(**line) if line['n'] else ''} for line in shown]
     return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
 
@@ -291,10 +295,8 @@ def figure(self:Results,
 @patch
 def write(self:Results) -> Path:
     "Write `table.csv` from all that the store holds for the table, also where only a part of it was asked for."
-    path, whole = self.plan.folder/'table.csv', self.plan.whole()
-    frame = (self if whole is self.plan else Results(whole)).frame
-    frame = frame[(frame.n > 0) | (frame.warning != '')]  # what is not there and not explained is left out
-    write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+    path, frame = self.plan.folder/'table.csv', self.whole().frame
+    tidy(path, frame[(frame.n > 0) | (frame.warning != '')])  # what is not there and not explained is left out
     return path
 
 @patch

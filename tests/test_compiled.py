@@ -11,7 +11,7 @@ from adaptive_at import compiled as module
 from adaptive_at.attacks import PGD, CrossEntropy, gradient
 from adaptive_at.compiled import PASSES, compiled, pays, twin
 from adaptive_at.methods import Training, at, daat, natural, trades
-from adaptive_at.networks import NarrowResNet, ResNet18, fingerprint
+from adaptive_at.networks import NETWORKS, NarrowResNet, ResNet18, fingerprint
 from adaptive_at.runs import Store
 from adaptive_at.saat import rice_at, saat_up
 from adaptive_at.tables import Results
@@ -151,6 +151,13 @@ def test_the_rule_is_a_gpu_a_large_network_and_a_long_run(monkeypatch):
     assert pays(replace(long, method=natural()), 50_000, cuda) and not pays(replace(long, method=natural()), n, cuda)   # an eleventh of the passes
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     assert not pays(long, 50_000, cuda)
+
+
+def test_dropout_that_counts_its_calls_is_not_compiled(plain_graphs):
+    model, told = NETWORKS["smallcnn"].build(10, 1).train(), []
+    with compiled(model, (2, 1, 28, 28), "eval", tell=told.append) as how: assert how == "eager"
+    assert not plain_graphs and "dropout" in told[0]
+    with compiled(NETWORKS["mnistcnn"].build(10, 1), (2, 1, 28, 28), "eval") as how: assert how == "compiled"   # its dropout drops nothing
 
 
 class Killed(Exception): pass
