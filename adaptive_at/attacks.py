@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones
-from .networks import folded, in_mode
+from .core import Milestones, one_of
+from .networks import MODES, folded, in_mode
 from .streams import Noise, joined, key
 
 # %% ../nbs/30_attacks.ipynb #63703913
@@ -98,6 +98,8 @@ class PGD:
     mode: str = 'eval'                    # batch norm: 'eval' (TRADES, MART, FAT, DAAT), or 'train' (Madry, Rice), which moves the running statistics
     success: str = 'last'                 # or 'any'
     look: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
+
+    def __post_init__(self): one_of(self, mode=MODES, success=('last', 'any'))
 
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]

@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
 from .attacks import CleanStart, PGD
-from .core import Milestones
+from .core import Milestones, UserError, one_of
 from .methods import Method, Training, unit
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
@@ -33,9 +33,7 @@ class CAT(RadiusRule):
     capped: str = 'before'     # eps caps the radius 'before' the attack, or only 'after' it, as printed
 
     def __post_init__(self):
-        if self.outcome not in OUTCOMES: raise ValueError(f'outcome is {self.outcome!r}; choose one of {", ".join(OUTCOMES)}')
-        if self.grown_by not in ('rule', 'attack'): raise ValueError(f'grown_by is {self.grown_by!r}; choose rule or attack')
-        if self.capped not in ('before', 'after'): raise ValueError(f'capped is {self.capped!r}; choose before or after')
+        one_of(self, outcome=OUTCOMES, grown_by=('rule', 'attack'), capped=('before', 'after'))
 
     def bank(self, setting, key=0): return Bank(setting.n, 0., setting.device)
 
@@ -199,8 +197,8 @@ def cat(
     steps: int = 10
 ) -> Method:
     "CAT (Cheng et al., 2022, Alg. 1) at the paper's settings."
-    if label not in ('before', 'after'): raise ValueError(f'label is {label!r}; choose before or after')
-    if hinge not in ('mean', 'eps'): raise ValueError(f'hinge is {hinge!r}; choose mean or eps')
+    if label not in ('before', 'after'): raise UserError(f"cat: label is {label!r}; it must be 'before' or 'after'.")
+    if hinge not in ('mean', 'eps'): raise UserError(f"cat: hinge is {hinge!r}; it must be 'mean' or 'eps'.")
     c, eta, alpha = unit(c, PRINTED, at=eps), unit(eta, eps, at=PRINTED), unit(alpha, eps, at=PRINTED)
     most = eps if cap is None else unit(cap, eps, at=PRINTED)
     rule = CAT(most, eta, outcome, 'attack' if label == 'before' else 'rule', capped)

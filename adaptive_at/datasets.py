@@ -22,7 +22,7 @@ import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from . import streams
-from .core import UserError, locked, project_root
+from .core import UserError, locked, one_of, project_root
 from .workers import cores
 
 # %% ../nbs/10_datasets.ipynb #bba20fb2
@@ -50,7 +50,7 @@ class Augment:
     flip: bool = False   # mirror left and right, with probability 1/2
 
     def __post_init__(self):
-        if self.pad not in ('zeros', 'reflect'): raise UserError(f"Augment: pad is {self.pad!r}; it must be 'zeros' or 'reflect'.")
+        one_of(self, pad=('zeros', 'reflect'))
         if self.crop < 0: raise UserError(f'Augment: crop is {self.crop}; it is a padding in pixels, 0 or more.')
 
     def __call__(self,

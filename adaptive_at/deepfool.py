@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .attacks import per_example, project
-from .networks import in_mode
+from .core import UserError, one_of
+from .networks import MODES, in_mode
 from .streams import Noise
 
 # %% ../nbs/35_deepfool.ipynb #42e479a2
@@ -39,7 +40,8 @@ class DeepFool:
     mode: str = 'eval'         # batch norm
 
     def __post_init__(self):
-        if self.candidates < 2: raise ValueError(f'DeepFool compares the true class with others, so candidates must be at least 2, not {self.candidates}')
+        one_of(self, mode=MODES)
+        if self.candidates < 2: raise UserError(f'DeepFool: candidates is {self.candidates}; it compares the true class with others, so it must be at least 2.')
 
     @property
     def passes(self) -> int:

@@ -15,9 +15,9 @@ import math
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import CrossEntropy, KL, NormalStart, PGD, gradient, per_example
-from .core import Milestones, Ramp, UserError, unhashed
+from .core import Milestones, Ramp, UserError, one_of, unhashed
 from .methods import Method, Training, at, trades, unit
-from .networks import Classifier, Network, fingerprint, in_mode
+from .networks import MODES, Classifier, Network, fingerprint, in_mode
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
 from .streams import Noise, key
@@ -72,8 +72,8 @@ class DRA:
     source: Source|None = None             # None: the network that is being trained
 
     def __post_init__(self):
-        if not 0 <= self.p <= 1: raise ValueError(f'p is {self.p}; give a share from 0 to 1')
-        if self.rank not in ('last', 'end'): raise ValueError(f'rank is {self.rank!r}; choose last or end')
+        if not 0 <= self.p <= 1: raise UserError(f'DRA: p is {self.p}; it is a share of the pixels, from 0 to 1.')
+        one_of(self, rank=('last', 'end'), mode=MODES)
 
     def distance(self, change: Tensor) -> Tensor:
         "What eps is the most of: the mean change of a value [B]."

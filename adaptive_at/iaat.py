@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import PGD, project
-from .core import Milestones, Ramp, UserError
+from .core import Milestones, Ramp, one_of
 from .datasets import Batch
 from .methods import Method, Training, unit
 from .networks import in_mode
@@ -90,7 +90,7 @@ class IAAT(RadiusRule):
     version: ClassVar[int] = 2           # 2: a warm-up lasts an epoch at least
 
     def __post_init__(self):
-        if self.misclassified not in ('released', 'printed'): raise UserError(f"IAAT: misclassified is {self.misclassified!r}; it must be 'released' or 'printed'.")
+        one_of(self, misclassified=('released', 'printed'))
 
     def bank(self, setting, key=0):
         "Without warm-up, memories start from 0."

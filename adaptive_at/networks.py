@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGENET', 'WIDTHS', 'STRIDES', 'TRADES_NET',
-           'NETWORKS', 'Classifier', 'Network', 'he_normal', 'conv', 'shortcut', 'BasicBlock', 'Bottleneck', 'stages',
-           'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem',
+           'NETWORKS', 'MODES', 'Classifier', 'Network', 'he_normal', 'conv', 'shortcut', 'BasicBlock', 'Bottleneck',
+           'stages', 'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem',
            'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_body',
            'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid', 'ScoreMap', 'IAATWideResNet', 'Dropout',
            'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'normed_convolutions', 'folded',
@@ -420,6 +420,9 @@ def network(name: str) -> Network:
     raise UserError(f'network is {name!r}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
 
 # %% ../nbs/20_networks.ipynb #2a58f332
+MODES = 'eval', 'train'
+
+
 @contextmanager
 def in_mode(
     model: nn.Module,

@@ -10,7 +10,7 @@ __all__ = ['FLOOR', 'Bank', 'Setting', 'RadiusRule', 'Fixed', 'overstep', 'scale
 from dataclasses import dataclass, field
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones
+from .core import Milestones, one_of
 from .datasets import Batch
 from .networks import Classifier, in_mode
 
@@ -133,8 +133,10 @@ class Calibrated(RadiusRule):
     "Rules that move a radius by what a calibration head says of the adversary (DAAT, Alg. 1)."
     rho: float|Milestones = 0.05     # margin
     tau: float = 2.                  # temperature of eq. 13
-    calibration: str = 'detach'      # or 'joint', 'bn_train'
+    calibration: str = 'detach'      # or 'bn_train', 'joint', 'joint_bn_train'
     passes = 1                       # two forward passes, and the head's step
+
+    def __post_init__(self): one_of(self, calibration=('detach', 'bn_train', 'joint', 'joint_bn_train'))
 
     def moved(self, eps: Tensor, s: Tensor) -> Tensor:
         "New radii from the old ones and the oversteps, both [B]."
@@ -154,9 +156,9 @@ class Calibrated(RadiusRule):
         return bank.eps[batch.index]
 
     def extra_loss(self, bank, batch, model):
-        "`joint` only: the loss the head was trained on in this batch, for the feature extractor's sake."
-        if self.calibration != 'joint': return None
-        with in_mode(model, 'eval'): return F.cross_entropy(F.linear(model.features(batch.x), *bank.before), batch.y)
+        "`joint`: the loss the head was trained on in this batch, for the feature extractor's sake; `joint_bn_train`: the same, of features in train mode."
+        if not self.calibration.startswith('joint'): return None
+        with in_mode(model, 'eval' if self.calibration == 'joint' else 'train'): return F.cross_entropy(F.linear(model.features(batch.x), *bank.before), batch.y)
 
     @torch.no_grad()
     def after_step(self, bank, batch, x_adv, model):
@@ -171,6 +173,10 @@ class DAAT(Calibrated):
     "The default, multiplicative rule (DAAT eq. 12)."
     cap: float = 1.         # largest radius, in units of eps; 1.25 in the enlarged variant
     growth: str = 'reset'   # where s is 0: to the cap at once; or 'clipped', at most doubling
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(self, growth=('reset', 'clipped'))
 
     def moved(self, eps, s):
         cap = self.cap * self.eps

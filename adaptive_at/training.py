@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, restarted
-from .core import UserError, digest, in_epoch, slug
+from .core import UserError, digest, in_epoch, one_of, slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
 from .methods import Method, Training
 from .networks import Classifier, Network, in_mode
@@ -31,6 +31,8 @@ class Monitor:
     examples: int = 1000    # of each part, class-balanced; 0: all
     every: int = 1          # epochs; the last one is always measured
     select: str = 'test'    # the part whose robust accuracy decides: 'val' where there is one; Rice, AWP and SAAT select on 'test'
+
+    def __post_init__(self): one_of(self, select=('test', 'val'))
 
 
 @dataclass(frozen=True)

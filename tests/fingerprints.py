@@ -37,6 +37,7 @@ METHODS = {
     "daat": at(EPS, daat(EPS)), "daat-linear": at(EPS, daat(EPS, rule=LinearDAAT)), "daat-piecewise": at(EPS, daat(EPS, rule=PiecewiseDAAT)),
     "daat-enlarged": at(EPS, daat(EPS, cap=1.25)), "daat-clipped": at(EPS, daat(EPS, growth="clipped")),
     "daat-joint": at(EPS, daat(EPS, calibration="joint")), "daat-bn-train": at(EPS, daat(EPS, calibration="bn_train")),
+    "daat-joint-bn-train": at(EPS, daat(EPS, calibration="joint_bn_train")),
     "daat-fat": fat(EPS, daat(EPS)), "daat-trades": trades(EPS, daat(EPS)), "daat-mart": mart(EPS, daat(EPS)),
     "saat": saat(EPS, 16.), "saat-down": saat_down(EPS), "saat-up": saat_up(EPS), "satrades-up": satrades_up(EPS),
     "at-awp": rice_at(EPS, weights=AT_AWP), "trades-awp": rice_trades(EPS, weights=TRADES_AWP), "saat-up-awp": saat_up(EPS, weights=AT_AWP),

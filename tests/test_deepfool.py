@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import PGD, project, per_example
+from adaptive_at.core import UserError
 from adaptive_at.deepfool import DeepFool, rivals
 from adaptive_at.evaluation import Images, WhiteBox
 from adaptive_at.datasets import to_unit
@@ -65,7 +66,7 @@ def test_only_candidates_are_tried():
     moved = {c: (DeepFool(candidates=c)(model, x, y, 1.) - x).flatten().tolist() for c in (2, 3, 10)}
     assert moved[3] == moved[10] == pytest.approx([0, 1.02 * (3.3 / 9 + 1e-4)], abs=1e-6)
     assert moved[2] == pytest.approx([0.7, 0], abs=1e-6)   # 0.07/0.1 = 0.7 away, cut at the box
-    with pytest.raises(ValueError, match="at least 2"): DeepFool(candidates=1)
+    with pytest.raises(UserError, match="at least 2"): DeepFool(candidates=1)
 
 
 def test_gradients_of_the_differences():

@@ -119,9 +119,9 @@ def test_it_runs_in_eval_mode_without_noise():
     assert torch.equal(a, DRA()(net, x, y, 0.05, noise(6, seed=1))) and torch.equal(a, DRA()(net.eval(), x, y, 0.05))
 
 
-@pytest.mark.parametrize("wrong", [dict(p=1.5), dict(p=-0.1), dict(rank="first")])
-def test_unknown_choices_are_refused(wrong):
-    with pytest.raises(ValueError): DRA(**wrong)
+@pytest.mark.parametrize("p", [1.5, -0.1])
+def test_a_share_outside_0_to_1_is_refused(p):
+    with pytest.raises(UserError, match=f"p is {p}; it is a share"): DRA(p=p)
 
 
 @given(st.integers(0, 5), st.lists(st.floats(0, 0.5), min_size=5, max_size=5), st.floats(0, 1), st.integers(1, 4))

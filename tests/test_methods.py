@@ -6,10 +6,16 @@ import pytest
 
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
-from adaptive_at.core import Milestones, describe, in_epoch
+from adaptive_at.cat import CAT, cat
+from adaptive_at.core import Milestones, UserError, describe, in_epoch
+from adaptive_at.datasets import Augment
+from adaptive_at.deepfool import DeepFool
+from adaptive_at.dra import DRA
+from adaptive_at.iaat import iaat
 from adaptive_at.methods import (DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit)
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
+from adaptive_at.training import Monitor
 
 EPS = 0.031
 BASELINES = {"at": at, "fat": fat, "trades": trades, "mart": mart}
@@ -51,6 +57,32 @@ def test_daat_s_radius():
     assert DYNAMIC_RHO == Milestones(at=(0.75, 0.9), values=(0.05, 0.2, 0.3))
     assert daat(EPS, 0.1, 3., LinearDAAT) == LinearDAAT(EPS, 0.1, 3.) and daat(EPS, rule=PiecewiseDAAT) == PiecewiseDAAT(EPS, DYNAMIC_RHO, 2.)
     assert daat(EPS, cap=1.25, growth="clipped", calibration="joint") == DAAT(EPS, DYNAMIC_RHO, 2., "joint", 1.25, "clipped")
+
+
+CHOICES = {
+    "DAAT: calibration": (lambda x: daat(EPS, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
+    "LinearDAAT: calibration": (lambda x: daat(EPS, rule=LinearDAAT, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
+    "DAAT: growth": (lambda x: daat(EPS, growth=x), "'reset' or 'clipped'"),
+    "PGD: mode": (lambda x: PGD(mode=x), "'eval' or 'train'"), "PGD: success": (lambda x: PGD(success=x), "'last' or 'any'"),
+    "FriendlyPGD: mode": (lambda x: replace(fat(EPS).attack, mode=x), "'eval' or 'train'"),
+    "DeepFool: mode": (lambda x: DeepFool(mode=x), "'eval' or 'train'"),
+    "DRA: mode": (lambda x: DRA(mode=x), "'eval' or 'train'"), "DRA: rank": (lambda x: DRA(rank=x), "'last' or 'end'"),
+    "IAAT: misclassified": (lambda x: iaat(EPS, misclassified=x), "'released' or 'printed'"),
+    "CAT: outcome": (lambda x: cat(EPS, outcome=x), "'reset', 'minus_eta', 'v0' or 'v2'"), "CAT: grown_by": (lambda x: CAT(EPS, grown_by=x), "'rule' or 'attack'"),
+    "CAT: capped": (lambda x: cat(EPS, capped=x), "'before' or 'after'"),
+    "cat: label": (lambda x: cat(EPS, label=x), "'before' or 'after'"), "cat: hinge": (lambda x: cat(EPS, hinge=x), "'mean' or 'eps'"),
+    "Augment: pad": (lambda x: Augment(pad=x), "'zeros' or 'reflect'"),
+    "Monitor: select": (lambda x: Monitor(PGD(), EPS, select=x), "'test' or 'val'"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_misspelt_choice_is_refused(choice):
+    "It would else be taken for the default, and train for days what was not asked for."
+    make, options = CHOICES[choice]
+    with pytest.raises(UserError) as e: make("paper")
+    assert str(e.value) == f"{choice} is 'paper'; it must be {options}."
+    for option in options.replace(" or ", ", ").split(", "): make(option.strip("'"))   # and those it names are not
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -159,7 +191,7 @@ def test_what_a_fingerprint_notices():
 
 @pytest.mark.parametrize("break_it, names", [
     (lambda patch: patch.setattr(TRADES, "losses", MART.losses), {"trades", "daat-trades"}),
-    (lambda patch: patch.setattr(DAAT, "moved", lambda self, eps, s: LinearDAAT.moved(self, eps, s)), {"daat", "daat-joint", "daat-bn-train", "daat-trades", "daat-mart"}),
+    (lambda patch: patch.setattr(DAAT, "moved", lambda self, eps, s: LinearDAAT.moved(self, eps, s)), {"daat", "daat-joint", "daat-bn-train", "daat-joint-bn-train", "daat-trades", "daat-mart"}),
     (lambda patch: patch.setattr(NormalStart, "__call__", CleanStart.__call__), {"trades", "mart"}),
 ])
 def test_a_changed_formula_is_noticed(break_it, names, monkeypatch):

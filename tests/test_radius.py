@@ -152,7 +152,10 @@ def batch_of(n=6, seed=0, index=None, side=8):
 def setting(model, n=6, **changes): return Setting(n, model.classifier.out_features, model.width, **changes)
 
 
-@pytest.mark.parametrize("calibration", ["detach", "joint", "bn_train"])
+ALL = ["detach", "bn_train", "joint", "joint_bn_train"]
+
+
+@pytest.mark.parametrize("calibration", ALL)
 def test_the_head_takes_textbook_sgd_steps_on_natural_images(calibration):
     momentum, decay, model = 0.9, 5e-2, narrow().train()
     rule = daat(EPS, 0.05, calibration=calibration)
@@ -185,25 +188,27 @@ def test_only_joint_calibration_adds_a_loss(calibration):
     assert rule.extra_loss(rule.bank(setting(model)), batch_of(), model) is None
 
 
-def test_the_joint_loss_trains_the_features_alone():
+@pytest.mark.parametrize("calibration", ["joint", "joint_bn_train"])
+def test_the_joint_loss_trains_the_features_alone(calibration):
     model = narrow().train()
-    rule = daat(EPS, 0.05, calibration="joint")
+    rule = daat(EPS, 0.05, calibration=calibration)
     bank = rule.bank(setting(model))
     rule.extra_loss(bank, batch_of(), model).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.body.parameters())
     assert all(p.grad is None for p in [*model.classifier.parameters(), *bank.head.parameters()])
 
 
-def test_joint_is_the_head_s_own_loss_not_detached():
+@pytest.mark.parametrize("calibration, mode", [("joint", "eval"), ("joint_bn_train", "train")])
+def test_joint_is_the_head_s_own_loss_not_detached(calibration, mode):
     "RECIPES 2.4: joint is (a) not detached: the loss that steps the head, of the head before its step, in eval mode."
     model, batch = narrow().train(), batch_of()
-    rule = daat(EPS, 0.05, calibration="joint")
+    rule = daat(EPS, 0.05, calibration=calibration)
     bank = rule.bank(setting(model))
     bank.learning_rate(20.)   # large, so that the head before its step differs from the head after it
     reference, head = copy.deepcopy(model), copy.deepcopy(bank.head)
     rule.radius(bank, batch, model)
     rule.extra_loss(bank, batch, model).backward()
-    with in_mode(reference, "eval"): loss = F.cross_entropy(head(reference.features(batch.x)), batch.y)
+    with in_mode(reference, mode): loss = F.cross_entropy(head(reference.features(batch.x)), batch.y)
     want = torch.autograd.grad(loss, list(reference.body.parameters()))
     assert all(torch.allclose(p.grad, g, rtol=1e-4, atol=1e-6) for p, g in zip(model.body.parameters(), want))
 
@@ -215,9 +220,9 @@ class Shift(NoAttack):
     def __call__(self, model, x, y, eps, noise=None): return (x + self.by).clamp(0, 1)
 
 
-@pytest.mark.parametrize("calibration", ["detach", "joint", "bn_train"])
+@pytest.mark.parametrize("calibration", ALL)
 def test_batch_norm_sees_what_the_variant_says(calibration):
-    """A whole step: the outer loss moves the buffers once, by adversaries; bn_train also by the natural images; judging s moves nothing.
+    """A whole step: the outer loss moves the buffers once, by adversaries; those with bn_train in their name once by the natural images too; judging s moves nothing.
 
     RECIPES 2.4: (a) and (d) run in eval mode, in `joint` too; that the statistics mix is what `bn_train` is for."""
     model, batch = narrow().train(), batch_of()
@@ -228,10 +233,11 @@ def test_batch_norm_sees_what_the_variant_says(calibration):
     with torch.no_grad():
         if calibration == "bn_train": reference(batch.x)
         reference((batch.x + 0.3).clamp(0, 1))
+        if calibration == "joint_bn_train": reference(batch.x)
     assert same(buffers(reference), buffers(model))
 
 
-@pytest.mark.parametrize("calibration", ["detach", "joint", "bn_train"])
+@pytest.mark.parametrize("calibration", ALL)
 def test_one_step_moves_the_weights_by_the_right_gradient(calibration):
     "detach and bn_train: the adversarial loss alone."
     model, batch = narrow().train(), batch_of()
@@ -241,7 +247,7 @@ def test_one_step_moves_the_weights_by_the_right_gradient(calibration):
     gradients = torch.autograd.grad(F.cross_entropy(reference((batch.x + 0.3).clamp(0, 1)), batch.y), list(reference.parameters()))
     expected = [p - 0.1 * g for p, g in zip(reference.parameters(), gradients)]
     equal = all(torch.allclose(p, e, rtol=1e-5, atol=1e-7) for p, e in zip(model.parameters(), expected))
-    assert equal is (calibration != "joint")
+    assert equal is (calibration in ("detach", "bn_train"))
 
 
 # The bank

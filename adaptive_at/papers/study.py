@@ -39,6 +39,7 @@ def extra_rows(p):
     return {
         'DAAT, joint':                   ours(calibration='joint'),
         'DAAT, bn_train':                ours(calibration='bn_train'),
+        'DAAT, joint_bn_train':          ours(calibration='joint_bn_train'),
         'DAAT, clipped':                 ours(growth='clipped'),
         'IAAT, printed Alg. 1':          iaat(p.eps, misclassified='printed'),
         'IAAT, batch norm in eval mode': iaat(p.eps, mode='eval'),
@@ -57,7 +58,7 @@ def columns(p): return {'natural': Clean(), 'PGD-20': WhiteBox(PGD(unit(0.003, p
 def recipe(p): return Recipe(Training(weight_decay=5e-4), Augment(crop=4, flip=True))
 
 STUDIED = ('AT', 'FAT', 'DAAT', 'TRADES', 'DAAT-TRADES', 'MART', 'DAAT-MART', 'IAAT', 'SAAT_up', 'CAT')  # 'Natural' would stretch the frontier's axes for nothing
-VARIANTS = ('AT', 'DAAT', 'DAAT, joint', 'DAAT, bn_train', 'DAAT, clipped', 'IAAT', 'IAAT, printed Alg. 1', 'IAAT, batch norm in eval mode', 'SAAT_up', 'SAAT_up(eps_max=9,rho=1.5)',
+VARIANTS = ('AT', 'DAAT', 'DAAT, joint', 'DAAT, bn_train', 'DAAT, joint_bn_train', 'DAAT, clipped', 'IAAT', 'IAAT, printed Alg. 1', 'IAAT, batch norm in eval mode', 'SAAT_up', 'SAAT_up(eps_max=9,rho=1.5)',
             'CAT', 'CAT, cross-entropy', 'CAT, minus_eta', "CAT, authors' code, v0", "CAT, authors' code, v2", *(f'DRA, factor {k}' for k in FACTORS))
 
 TABLE = Table('study', 'One protocol for all.', (Part('cifar10', 'resnet18'),), 8/255, rows, columns, recipe, extra_rows,
