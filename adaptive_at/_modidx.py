@@ -1190,6 +1190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
             'adaptive_at.tables': { 'adaptive_at.tables.Results': ('tables.html#results', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.Results.__init__': ('tables.html#results.__init__', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.Results._cell': ('tables.html#results._cell', 'adaptive_at/tables.py'),
+                                    'adaptive_at.tables.Results._difference': ('tables.html#results._difference', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.Results._footnotes': ('tables.html#results._footnotes', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.Results._judged': ('tables.html#results._judged', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.Results._line': ('tables.html#results._line', 'adaptive_at/tables.py'),

@@ -196,33 +196,50 @@ def claims(self:Results,
 
 
 @patch
+def _difference(self:Results, block: Block, row: str, other: str, column: str, which: str) -> dict[str, float]:
+    "Of a row from another in points, with its 95% interval, paired on the test images of each seed; `n` is 0 where one of them was not run."
+    pairs = list(zip(*(self.of(block, r, column, which) for r in (row, other))))
+    a, b = (torch.cat([torch.zeros(0), *(scores(p[i]) for p in pairs)]) for i in (0, 1))
+    d, low, high = paired(a, b) if pairs else (np.nan,) * 3
+    return {'difference': d, 'low': low, 'high': high, 'n': len(a), 'seeds': len(pairs)}
+
+
+@patch
 def _judged(self:Results, claims: list[tuple[str, str, str, str]], which: str) -> list[dict]:
     "A line for each block and claim; `n` is 0 where it was not run."
     lines = []
     for block in self.plan.blocks:
         for text, higher, lower, column in claims:
-            pairs = list(zip(*(self.of(block, row, column, which) for row in (higher, lower))))
-            a, b = (torch.cat([torch.zeros(0), *(scores(p[i]) for p in pairs)]) for i in (0, 1))
-            d, low, high = paired(a, b) if pairs else (np.nan,) * 3
-            verdict = 'not run' if not pairs else 'holds' if low > 0 else 'does not hold' if high < 0 else 'cannot tell at this size'
-            lines.append({'dataset': self.plan.named(block), 'claim': text, 'higher': higher, 'lower': lower, 'column': column, 'verdict': verdict, 'difference': d, 'low': low, 'high': high, 'n': len(a), 'seeds': len(pairs)})
+            d = self._difference(block, higher, lower, column, which)
+            verdict = 'not run' if not d['n'] else 'holds' if d['low'] > 0 else 'does not hold' if d['high'] < 0 else 'cannot tell at this size'
+            lines.append({'dataset': self.plan.named(block), 'claim': text, 'higher': higher, 'lower': lower, 'column': column, 'verdict': verdict} | d)
     return lines
 
 # %% ../nbs/90_tables.ipynb #521d36fd
 @patch
 def compare(self:Results,
-    name: str,     # of the `Needs` in the table's figures
-    caption: str
+    name: str,                          # of the `Needs` in the table's figures
+    caption: str,
+    against: dict[str, str]|None = None # a row, and the one it is a variant of: the difference from it stands behind each number, and in `NAME.csv`
 ) -> Styler|str:
     "Accuracy and interval of every row and checkpoint that `name` needs."
     if self.plan.parameters.dry_run or name not in self.plan.figures: return self._skipped(name)
-    need, lines = self.plan.table.figures[name], {}
+    need, against, lines, differences = self.plan.table.figures[name], against or {}, {}, []
     for block in self.plan.blocks:
         for row in need.rows:
             for which in need.checkpoints:
-                lines[self.plan.named(block), row, which] = {c + ' †' * bool(replaced(block, c, self.plan)): _number(*self.interval(block, row, c, which)) for c in need.columns}
+                cells = lines[self.plan.named(block), row, which] = {'less': against.get(row, '')} if against else {}
+                for c in need.columns:
+                    number = _number(*self.interval(block, row, c, which))
+                    if row in against:
+                        d = self._difference(block, row, against[row], c, which)
+                        differences.append({'dataset': self.plan.named(block), 'row': row, 'less': against[row], 'checkpoint': which, 'column': c} | d)
+                        if d['n']: number += ' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d)
+                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = number
+    if against: tidy(self.plan.folder/f'{name}.csv', pd.DataFrame(differences))
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
+    if against: notes.append('Small: the difference from the row under “less”, with its 95% interval, paired on the test images.')
     return styled(frame, f'{caption}. {self.heading(" and ".join(need.checkpoints))}', [self._footnotes()[0], *notes])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from adaptive_at.cat import CAT_VGG16, CAT_WRN34, MixedCE, SmoothedCE, adp_adv, 
 from adaptive_at.core import UserError, digest
 from adaptive_at.datasets import CROP_FLIP
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox
+from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, scores
 from adaptive_at.iaat import iaat
 from adaptive_at.methods import at, mart, natural, trades
 from adaptive_at.papers import table1_cat, table1_daat, table3_cat, table4_cat, table5_cat, table6_cat
@@ -228,6 +229,20 @@ def test_the_gap_is_training_less_test(tiny):
 def test_the_variants_are_compared(tiny):
     shown = tiny["table6_cat"].compare("variants", "Versions of CAT").data
     assert len(shown) == 3 and list(shown.columns) == ["natural", "PGD"] and not (shown == "missing").any().any()
+
+
+def test_variants_stand_beside_what_they_are_variants_of(tiny, outputs):
+    results = tiny["table6_cat"]
+    shown = results.compare("variants", "Versions of CAT", {"CAT, v2": "CAT", "authors' code, v0": "CAT, v2"}).data.xs("last", level=2).droplevel(0)
+    table = pd.read_csv(outputs/"table6_cat/quick/variants.csv")
+    assert list(shown.columns) == ["less", "natural", "PGD"] and shown.less.to_dict() == {"CAT": "", "CAT, v2": "CAT", "authors' code, v0": "CAT, v2"}
+    block = results.plan.blocks[0]
+    assert [(r.row, r.less, r.column, r.n) for r in table.itertuples()] == [(row, less, c, len(scores(results.of(block, row, c)[0]))) for row, less in (("CAT, v2", "CAT"), ("authors' code, v0", "CAT, v2")) for c in ("natural", "PGD")]
+    for line in table.itertuples():
+        mine, other = (results.interval(block, row, line.column)[0] for row in (line.row, line.less))
+        assert line.difference == pytest.approx(mine - other, abs=1e-3) and line.low <= line.difference <= line.high
+        assert shown.loc[line.row, line.column].endswith(f'<span class="difference">{line.difference:+.1f} [{line.low:+.1f}, {line.high:+.1f}]</span>')
+    assert "difference" not in "".join(shown.loc["CAT"])
 
 
 # The toy example
