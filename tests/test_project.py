@@ -14,6 +14,8 @@ import nbformat
 import pytest
 import yaml
 
+from adaptive_at.parameters import TABLES
+
 ROOT = Path(__file__).resolve().parent.parent
 ABSOLUTE = re.compile(r"(?<![\w.~$}/-])/(?:root|home|work|Users)/\w")  # a place on somebody's machine
 
@@ -51,6 +53,16 @@ def test_one_version_everywhere(config):
 def test_readme_matches_the_home_page():
     check = subprocess.run([sys.executable, ROOT / "docs" / "readme.py", "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_readme_says_how_far_each_table_was_run():
+    """`quick only`, or what `outputs/` holds beside it: the study's line names its data."""
+    lines = {m[1]: m[2] for m in re.finditer(r"^\|.*\[`(\w+)`\]\(nbs/\1\.ipynb\).* \| ([^|]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)}
+    assert set(lines) == set(TABLES) - {"frontier"}
+    for name, told in lines.items():
+        presets = {path.parent.name for path in (ROOT / "outputs" / name).glob("*/table.csv")}
+        assert (told == "quick only") is (presets == {"quick"}) and (ROOT / "outputs" / f"{name}.ipynb").is_file(), name
+        assert told == "quick only" or told.startswith(("reduced: ", "paper scale on ")), name
 
 
 def test_readme_check_notices_a_difference(tmp_path):
