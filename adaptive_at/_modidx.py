@@ -388,6 +388,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                         'adaptive_at.evaluation.evaluate': ('evaluation.html#evaluate', 'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.evaluation': ('evaluation.html#evaluation', 'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.interval': ('evaluation.html#interval', 'adaptive_at/evaluation.py'),
+                                        'adaptive_at.evaluation.mean_interval': ( 'evaluation.html#mean_interval',
+                                                                                  'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.pack': ('evaluation.html#pack', 'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.paired': ('evaluation.html#paired', 'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.scores': ('evaluation.html#scores', 'adaptive_at/evaluation.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Images', 'Column', 'Clean', 'WhiteBox', 'Transfer', 'verified', 'AutoAttack', 'pack', 'unpack', 'told', 'scores',
-           'Evaluation', 'evaluation', 'evaluate', 'wilson', 'interval', 'paired']
+           'Evaluation', 'evaluation', 'evaluate', 'wilson', 'interval', 'mean_interval', 'paired']
 
 # %% ../nbs/75_evaluation.ipynb #dd888ab8
 import math
@@ -289,16 +289,27 @@ def interval(result: dict) -> tuple[float, float]:  # in percent
     "95% interval of an evaluation: Wilson's for verdicts, the normal one for scores."
     found = scores(result)
     if 'scores' not in result or (found == found[0]).all(): return wilson(result['accuracy'], result['n'])  # equal scores say nothing of the spread
-    half = 196 * float(found.std()) / math.sqrt(len(found))
-    return result['accuracy'] - half, result['accuracy'] + half
+    return mean_interval(100 * found)[1:]
+
+
+def mean_interval(
+    values: Tensor,   # of the examples [N]; or of S seeds [S,N]
+    z: float = 1.96   # 95%
+) -> tuple[float, float, float]:  # the mean and its interval
+    """Normal interval over examples. With several seeds their spread counts too, with Student's quantile for so few: both are drawn at random, and the squares of their halves add.
+    Values pooled as if each seed had its own examples would promise too much."""
+    seeds = values.double().reshape(-1, values.shape[-1])
+    mean, half = float(seeds.mean()), z * float(seeds.mean(0).std()) / math.sqrt(seeds.shape[1])
+    if len(seeds) > 1:
+        from scipy.stats import norm, t
+        half = math.hypot(half, t.ppf(norm.cdf(z), len(seeds) - 1) * float(seeds.mean(1).std()) / math.sqrt(len(seeds)))
+    return mean, mean - half, mean + half
 
 # %% ../nbs/75_evaluation.ipynb #f207843d
 def paired(
-    a: Tensor,        # verdicts or scores of one model [N]
+    a: Tensor,        # verdicts or scores of one model [N], or of S seeds [S,N]
     b: Tensor,        # of another, on the same examples
     z: float = 1.96   # 95%
 ) -> tuple[float, float, float]:  # difference a - b and its interval, in percentage points
     "Difference of two accuracies on the same examples."
-    d = a.double() - b.double()
-    mean, half = float(d.mean()), z * float(d.std()) / math.sqrt(len(d))
-    return 100 * mean, 100 * (mean - half), 100 * (mean + half)
+    return mean_interval(100 * (a.double() - b.double()), z)

@@ -191,17 +191,17 @@ def claims(self:Results,
     shown, whole = self._judged(claims, which), self.whole()
     judged = shown if whole is self else [of_all if of_all['n'] else own for of_all, own in zip(whole._judged(claims, which), shown)]
     tidy(self.plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])))
+    seeds = max((line['seeds'] for line in shown), default=1)
     lines = [{'dataset': line['dataset'], 'claim': line['claim'], 'this run': line['verdict'], 'difference': '{difference:+.1f} points [{low:+.1f}, {high:+.1f}]'.format(**line) if line['n'] else ''} for line in shown]
-    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval; one seed says nothing of the spread between seeds.'])
+    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval' + (f', of images and of {seeds} seeds.' if seeds > 1 else '; one seed says nothing of the spread between seeds.')])
 
 
 @patch
 def _difference(self:Results, block: Block, row: str, other: str, column: str, which: str) -> dict[str, float]:
-    "Of a row from another in points, with its 95% interval, paired on the test images of each seed; `n` is 0 where one of them was not run."
-    pairs = list(zip(*(self.of(block, r, column, which) for r in (row, other))))
-    a, b = (torch.cat([torch.zeros(0), *(scores(p[i]) for p in pairs)]) for i in (0, 1))
-    d, low, high = paired(a, b) if pairs else (np.nan,) * 3
-    return {'difference': d, 'low': low, 'high': high, 'n': len(a), 'seeds': len(pairs)}
+    "Of a row from another in points, with its 95% interval, on the same test images; `n` is 0 where one of them was not run."
+    pairs = [[scores(r) for r in pair] for pair in zip(*(self.of(block, r, column, which) for r in (row, other)))]
+    d, low, high = paired(*(torch.stack(each) for each in zip(*pairs))) if pairs else (np.nan,) * 3
+    return {'difference': d, 'low': low, 'high': high, 'n': len(pairs[0][0]) if pairs else 0, 'seeds': len(pairs)}
 
 
 @patch

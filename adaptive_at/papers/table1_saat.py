@@ -81,7 +81,7 @@ TABLE = Table('table1_saat', 'SAAT, Table 1.', (Part('cifar10', 'preactresnet18'
 
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from ..evaluation import paired, unpack
+from ..evaluation import mean_interval, paired, unpack
 from ..figures import GREY, PALETTE, curves, look, styled
 
 def radius_axis(block):
@@ -89,14 +89,14 @@ def radius_axis(block):
     return r'test $\epsilon$ (unit: ' + ('1/255)' if block.protocol.eps == 8/255 else f'{block.protocol.eps / 8:.3g})')
 
 def verdicts(results, block, row, column, which):
-    "Which images are classified right, of all seeds."
-    return torch.cat([unpack(r['standing']) for r in results.of(block, row, column, which)])
+    "Which images are classified right [S,N]."
+    return torch.stack([unpack(r['standing']) for r in results.of(block, row, column, which)])
 
 def disparity(results, block, row, which='last'):
     "RD of a row in points per unit of radius, and half of its 95% interval."
     right = {e: 100 * verdicts(results, block, row, tested(e), which).float() for e in (0, *RADII)}
-    rd = robustness_disparity(right.pop(0), right)
-    return float(rd.mean()), 1.96 * float(rd.std()) / len(rd) ** 0.5
+    rd, low, _ = mean_interval(robustness_disparity(right.pop(0), right))
+    return rd, rd - low
 
 def sweep(ax, results, block, series, title):
     "Accuracy against test eps with its interval, a line per series: label -> row and checkpoint."
