@@ -13,9 +13,9 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
-from .core import UserError, replacing, write_text
+from .core import UserError, replacing
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
-from .figures import PALETTE, look, styled
+from .figures import PALETTE, look, styled, tidy
 from .networks import network
 from .parameters import TABLES, Parameters, about, listed
 from .plans import Plan, Session
