@@ -420,7 +420,7 @@ def network(name: str) -> Network:
     raise UserError(f'network is {name!r}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
 
 # %% ../nbs/20_networks.ipynb #2a58f332
-MODES = 'eval', 'train'
+MODES = 'eval', 'train'  # of batch norm and dropout
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 "Evaluations: verdicts, AutoAttack walked by hand, transfer, intervals, and that nothing is disturbed."
 import copy, math, random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from adaptive_at import datasets as ds
 from adaptive_at.attacks import FGSM, PGD, Margin, UniformStart
 from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, mean_interval, pack, paired, unpack, wilson)
 from adaptive_at.networks import fingerprint
+from adaptive_at.tables import Results
 from helpers import digits, narrow, numbers, random_data, robust_digits, same, short_autoattack, wavy
 
 
@@ -325,6 +327,16 @@ def test_an_interval_over_seeds_covers_what_is_drawn():
     values = rng.normal(size=(1000, 1, 50)) + rng.normal(size=(1000, 3, 1)) * 0.3 + rng.normal(size=(1000, 3, 50)) * 0.5
     def held(of): return np.mean([low <= 0 <= high for _, low, high in map(of, torch.tensor(values))])
     assert held(mean_interval) > 0.95 and held(lambda v: mean_interval(v.flatten())) < 0.8
+
+
+def test_a_difference_over_seeds_takes_images_with_images_and_seeds_with_seeds():
+    "What `claims.csv` and `variants.csv` say of two rows with two seeds each; a row that was not run has no difference."
+    told = {"a": ["1101", "1100"], "b": ["0101", "0000"], "c": []}
+    of = SimpleNamespace(of=lambda block, row, column, which: [{"standing": text} for text in told[row]])
+    a, b = (torch.stack([unpack(text) for text in told[row]]) for row in "ab")
+    d = Results._difference(of, None, "a", "b", "AA", "")
+    assert tuple(d.values()) == (*mean_interval(100 * (a.double() - b.double())), 4, 2) and d["difference"] == 37.5
+    assert (Results._difference(of, None, "a", "c", "AA", "")["n"], Results._difference(of, None, "c", "c", "AA", "")["seeds"]) == (0, 0)
 
 
 def test_pairing_is_sharper_than_comparing_two_intervals():
