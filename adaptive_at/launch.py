@@ -223,7 +223,7 @@ def _counted(n: float, what: str) -> str: return f'{n:g} {what}' + 's' * (n != 1
 def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *before: None) -> None:
     "A task, in its own process."
     import ray
-    machine, job, said = platform.node(), None, []
+    machine, said = platform.node(), []
     def tell(line: str) -> None: said[:] = [lines.actor.put_nowait.remote(line)]   # not waited for: Ray gives the CPUs of a task that waits to another one
     try:
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
@@ -234,9 +234,9 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
         job.work(tell)
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled
     except KeyboardInterrupt as e:
-        if job is None: os._exit(1)   # while it imported: Ray would give this process, with half a library, the next task
         if str(e): tell(str(e))
-        raise
+        with suppress(ray.exceptions.RayActorError): ray.get(said)
+        os._exit(1)   # it may have been importing: Ray would give this process, with half a library, the next task
     finally:
         with suppress(ray.exceptions.RayActorError): ray.get(said)   # lines arrive in order: after the last one, all are there
 
