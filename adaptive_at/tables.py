@@ -220,23 +220,22 @@ def _judged(self:Results, claims: list[tuple[str, str, str, str]], which: str) -
 def compare(self:Results,
     name: str,                          # of the `Needs` in the table's figures
     caption: str,
-    against: dict[str, str]|None = None # a row, and the one it is a variant of: the difference from it stands behind each number, and in `NAME.csv`
+    against: dict[str, str]|None = None # a row, and the one it is a variant of: the difference from it stands behind each number
 ) -> Styler|str:
-    "Accuracy and interval of every row and checkpoint that `name` needs."
+    "Accuracy and interval of every row and checkpoint that `name` needs; as tidy rows in `NAME.csv`."
     if self.plan.parameters.dry_run or name not in self.plan.figures: return self._skipped(name)
-    need, against, lines, differences = self.plan.table.figures[name], against or {}, {}, []
+    need, against, lines, rows = self.plan.table.figures[name], against or {}, {}, []
     for block in self.plan.blocks:
         for row in need.rows:
             for which in need.checkpoints:
                 cells = lines[self.plan.named(block), row, which] = {'less': against.get(row, '')} if against else {}
                 for c in need.columns:
-                    number = _number(*self.interval(block, row, c, which))
-                    if row in against:
-                        d = self._difference(block, row, against[row], c, which)
-                        differences.append({'dataset': self.plan.named(block), 'row': row, 'less': against[row], 'checkpoint': which, 'column': c} | d)
-                        if d['n']: number += ' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d)
-                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = number
-    if against: tidy(self.plan.folder/f'{name}.csv', pd.DataFrame(differences))
+                    found, interval = self.of(block, row, c, which), self.interval(block, row, c, which)
+                    d = self._difference(block, row, against[row], c, which) if row in against else {}
+                    rows.append({'dataset': self.plan.named(block), 'row': row, 'checkpoint': which, 'column': c, **dict(zip(('value', 'ci_low', 'ci_high'), interval)), 'n': len(scores(found[0])) if found else 0, 'seeds': len(found),
+                                 'less': against.get(row, ''), **{k: d.get(k, np.nan) for k in ('difference', 'low', 'high')}})
+                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = _number(*interval) + (' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d) if d.get('n') else '')
+    tidy(self.plan.folder/f'{name}.csv', pd.DataFrame(rows))
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
     if against: notes.append('Small: the difference from the row under “less”, with its 95% interval, paired on the test images.')

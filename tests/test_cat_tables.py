@@ -237,10 +237,12 @@ def test_variants_stand_beside_what_they_are_variants_of(tiny, outputs):
     table = pd.read_csv(outputs/"table6_cat/quick/variants.csv")
     assert list(shown.columns) == ["less", "natural", "PGD"] and shown.less.to_dict() == {"CAT": "", "CAT, v2": "CAT", "authors' code, v0": "CAT, v2"}
     block = results.plan.blocks[0]
-    assert [(r.row, r.less, r.column, r.n) for r in table.itertuples()] == [(row, less, c, len(scores(results.of(block, row, c)[0]))) for row, less in (("CAT, v2", "CAT"), ("authors' code, v0", "CAT, v2")) for c in ("natural", "PGD")]
+    assert [(r.row, r.less, r.column, r.n) for r in table.assign(less=table.less.fillna("")).itertuples()] == [(row, less, c, len(scores(results.of(block, row, c)[0]))) for row, less in (("CAT", ""), ("CAT, v2", "CAT"), ("authors' code, v0", "CAT, v2")) for c in ("natural", "PGD")]
+    assert table.seeds.eq(1).all() and table.groupby("row").difference.count().to_dict() == {"CAT": 0, "CAT, v2": 2, "authors' code, v0": 2}
     for line in table.itertuples():
-        mine, other = (results.interval(block, row, line.column)[0] for row in (line.row, line.less))
-        assert line.difference == pytest.approx(mine - other, abs=1e-3) and line.low <= line.difference <= line.high
+        assert (line.value, line.ci_low, line.ci_high) == pytest.approx(results.interval(block, line.row, line.column), abs=1e-3)
+    for line in table[table.row != "CAT"].itertuples():
+        assert line.difference == pytest.approx(line.value - results.interval(block, line.less, line.column)[0], abs=1e-3) and line.low <= line.difference <= line.high
         assert shown.loc[line.row, line.column].endswith(f'<span class="difference">{line.difference:+.1f} [{line.low:+.1f}, {line.high:+.1f}]</span>')
     assert "difference" not in "".join(shown.loc["CAT"])
 
