@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                       'adaptive_at.networks.ImageNetStem.stem': ( 'networks.html#imagenetstem.stem',
                                                                                   'adaptive_at/networks.py'),
                                       'adaptive_at.networks.MNISTCNN': ('networks.html#mnistcnn', 'adaptive_at/networks.py'),
+                                      'adaptive_at.networks.MNISTCNN.label': ('networks.html#mnistcnn.label', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.MNISTCNN.parts': ('networks.html#mnistcnn.parts', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.NarrowResNet': ('networks.html#narrowresnet', 'adaptive_at/networks.py'),
                                       'adaptive_at.networks.NarrowResNet.label': ( 'networks.html#narrowresnet.label',

@@ -379,7 +379,13 @@ class MNISTCNN(Network):
     hidden: int = 1024      # units of the first fully connected layer
     padding: int = 2
     dropout: float = 0.     # of the last maps' channels and of the hidden units
-    label, threads = 'CNN (2 conv + 2 fc)', 1
+    threads = 1
+
+    @property
+    def label(self):
+        (a, b), told = self.filters, '2 conv + 2 fc'
+        return f'CNN ({told})' if (a, b, self.hidden) == (32, 64, 1024) else f'CNN ({told}: {a} and {b} filters, {self.hidden} units)'
+
     def parts(self, channels):
         (a, b), side = self.filters, 7 if self.padding == 2 else 4
         return nn.Sequential(*convolutions(channels, (a, 0, b, 0), 5, self.padding), Dropout(self.dropout, channels=True), Grid(side),
@@ -411,7 +417,7 @@ NETWORKS: dict[str, Network] = {
     'preactresnet18': PreActResNet18(),
     **{f'wrn{d}-{k}': WideResNet(depth=d, width_factor=k) for d, k in ((28, 4), (28, 10), (32, 10), (34, 1), (34, 3), (34, 5), (34, 7), (34, 10))},
     'wrn32-10-iaat': IAATWideResNet(),
-    'vgg16': VGG16(), 'mnistcnn': MNISTCNN(), 'mnistcnn-trades': MNISTCNN(**TRADES_NET), 'smallcnn': SmallCNN()}
+    'vgg16': VGG16(), 'mnistcnn': MNISTCNN(), 'mnistcnn-half': MNISTCNN(filters=(16, 32), hidden=256), 'mnistcnn-trades': MNISTCNN(**TRADES_NET), 'smallcnn': SmallCNN()}
 
 
 def network(name: str) -> Network:

@@ -16,7 +16,7 @@ from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMA
                                   ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
 
-GRAY = ("mnistcnn", "mnistcnn-trades", "smallcnn")
+GRAY = ("mnistcnn", "mnistcnn-half", "mnistcnn-trades", "smallcnn")
 
 
 def channels(name): return 1 if name in GRAY else 3
@@ -69,6 +69,7 @@ def test_the_other_sizes_follow_from_their_layers():
     assert NETWORKS["wrn34-1"].size(10) == wide(5, 1) - 16 * 16   # 16 channels stay 16: no convolution in the first shortcut
     # IAAT: convolutions, a 1x1 one to ten scores, and a weight and bias for each score
     pairs = [(160, 160), (160, 160)] * 5 + [(160, 320)] + [(320, 320)] * 9 + [(320, 640)] + [(640, 640)] * 9
+    assert NETWORKS["mnistcnn-half"].size(10, 1) == 26 * 16 + (25 * 16 + 1) * 32 + (49 * 32 + 1) * 256 + 257 * 10
     assert NETWORKS["wrn32-10-iaat"].size(10) == 27 * 160 + 9 * sum(a * b for a, b in pairs) + 640 * 10 + 2 * 10
 
 
