@@ -225,6 +225,8 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
     import ray
     machine, said = platform.node(), []
     def tell(line: str) -> None: said[:] = [lines.actor.put_nowait.remote(line)]   # not waited for: Ray gives the CPUs of a task that waits to another one
+    def arrived() -> None:
+        with suppress(ray.exceptions.RayActorError): ray.get(said)   # lines arrive in order: after the last one, all are there
     try:
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
         if device == 'cuda' and not torch.cuda.is_available(): raise UserError(f'the PyTorch of the machine {machine} of the Ray cluster ({torch.__version__}) does not see the GPU that Ray gives it; install a build that matches its driver (pytorch.org, "Get Started").')
@@ -235,10 +237,9 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled
     except KeyboardInterrupt as e:
         if str(e): tell(str(e))
-        with suppress(ray.exceptions.RayActorError): ray.get(said)
+        arrived()
         os._exit(1)   # it may have been importing: Ray would give this process, with half a library, the next task
-    finally:
-        with suppress(ray.exceptions.RayActorError): ray.get(said)   # lines arrive in order: after the last one, all are there
+    finally: arrived()
 
 
 def _stop(ray: Any, refs: list, heard: Callable[[], None]) -> None:

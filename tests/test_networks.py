@@ -67,9 +67,9 @@ def test_the_other_sizes_follow_from_their_layers():
     assert NETWORKS["wrn28-4"].size(10) == wide(4, 4)
     for k in (3, 5, 7): assert NETWORKS[f"wrn34-{k}"].size(10) == wide(5, k)
     assert NETWORKS["wrn34-1"].size(10) == wide(5, 1) - 16 * 16   # 16 channels stay 16: no convolution in the first shortcut
+    assert NETWORKS["mnistcnn-half"].size(10, 1) == 26 * 16 + (25 * 16 + 1) * 32 + (49 * 32 + 1) * 256 + 257 * 10
     # IAAT: convolutions, a 1x1 one to ten scores, and a weight and bias for each score
     pairs = [(160, 160), (160, 160)] * 5 + [(160, 320)] + [(320, 320)] * 9 + [(320, 640)] + [(640, 640)] * 9
-    assert NETWORKS["mnistcnn-half"].size(10, 1) == 26 * 16 + (25 * 16 + 1) * 32 + (49 * 32 + 1) * 256 + 257 * 10
     assert NETWORKS["wrn32-10-iaat"].size(10) == 27 * 160 + 9 * sum(a * b for a, b in pairs) + 640 * 10 + 2 * 10
 
 
@@ -314,6 +314,7 @@ def test_a_name_nobody_knows():
 def test_labels_are_the_tables():
     assert {n.label for n in NETWORKS.values()} >= {"ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152", "PreAct ResNet-18", "VGG-16", "CNN (2 conv + 2 fc)",
                                                     "WideResNet-34-10", "WideResNet-32-10"}
+    assert [NETWORKS[n].label for n in ("mnistcnn", "mnistcnn-half", "mnistcnn-trades")] == ["CNN (2 conv + 2 fc)", "CNN (2 conv + 2 fc: 16 and 32 filters, 256 units)", "CNN (2 conv + 2 fc: 10 and 20 filters, 50 units)"]
     assert len({digest(n) for n in NETWORKS.values()}) == len(NETWORKS)
 
 
