@@ -284,7 +284,7 @@ class Site:
             outputs = json.loads(json.dumps(cell.get("outputs", [])))
             live = any(WIDGET in o.get("data", {}) for o in outputs)  # controls need a kernel; nothing of them is on the page
             new = nbformat.from_dict({"cell_type": "code", "id": cell.get("id") or "x", "source": cell.source, "execution_count": None,
-                                      "metadata": {"tags": ["hide-input"] if lesson else []}, "outputs": [] if live else self.drawn(book, path, outputs)})
+                                      "metadata": {"tags": ["hide-input"] if lesson or "hide-input" in cell.metadata.get("tags", []) else []}, "outputs": [] if live else self.drawn(book, path, outputs)})
             cells.append(new)
             if live: cells.append(nbformat.v4.new_markdown_cell(":::{note}\nThe controls are live in Jupyter: open this notebook there.\n:::"))
         if book.name == "index": cells.append(nbformat.v4.new_markdown_cell(self.contents()))
