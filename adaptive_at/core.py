@@ -11,8 +11,10 @@ __all__ = ['PACKAGE', 'CARRIED', 'NO_LOCKS', 'BEAT', 'STALE', 'UserError', 'one_
 # %% ../nbs/00_core.ipynb #83f74f3c
 import ast, dataclasses, errno, hashlib, inspect, json, linecache, os, platform, re, sys, tempfile, textwrap, threading, time
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from symtable import SymbolTable, symtable
 from typing import Any, Callable
 from filelock import FileLock, Timeout
 
@@ -87,20 +89,56 @@ def sources(
     if qualified(obj) in seen or not _is_foreign(obj): return seen
     seen[qualified(obj)] = text = normalised(obj)
     for base in getattr(obj, '__bases__', ()): sources(base, seen)
-    scope = vars(sys.modules.get(obj.__module__)) if obj.__module__ in sys.modules else {}
-    for name in sorted({n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}):
-        used = scope.get(name)
-        if isinstance(used, type) or inspect.isfunction(used): sources(used, seen)
-        elif isinstance(used, (bool, int, float, str, tuple)): seen[f'{obj.__module__}.{name}'] = repr(used)
+    scope, outer = (vars(sys.modules[obj.__module__]) if obj.__module__ in sys.modules else {}) | _closed_over(obj), _outer(symtable(text, '', 'exec'))
+    used = {ast.unparse(node): _meant(node, {name: scope.get(name) for name in outer}) for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Name, ast.Attribute))}
+    for name in sorted(used): _note(f'{obj.__module__}.{name}', used[name], seen)
     return seen
+
+
+def _outer(block: SymbolTable) -> set[str]:
+    "The names in a source that it takes from outside: a local variable may be called as something there."
+    return {s.get_name() for s in block.get_symbols() if s.is_global()}.union(*map(_outer, block.get_children()))
+
+
+def _closed_over(obj: type|Callable) -> dict[str, Any]:
+    "What a function, or the methods of a class, hold of the function that made them."
+    functions, held = [inspect.unwrap(f) for f in ([obj] if inspect.isfunction(obj) else vars(obj).values()) if inspect.isfunction(f)], {}
+    for f in functions:
+        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+            with suppress(ValueError): held[name] = cell.cell_contents   # empty: nothing was ever assigned
+    return held
+
+
+def _meant(node: ast.AST, scope: dict[str, Any]) -> Any:
+    "What a name stands for, or a dotted name in a module of the user's; None for all else."
+    if isinstance(node, ast.Name): return scope.get(node.id)
+    base = _meant(node.value, scope) if isinstance(node, ast.Attribute) else None
+    return getattr(base, node.attr, None) if inspect.ismodule(base) and _is_foreign(base) else None
+
+
+def _note(name: str, used: Any, seen: dict[str, str]) -> None:
+    "Add what a name stands for: of classes and functions the source, of constants the value."
+    used = inspect.unwrap(used) if callable(used) else used
+    if isinstance(used, type) or inspect.isfunction(used): sources(used, seen)
+    elif inspect.ismethod(used): _note(name, (used.__self__, used.__func__), seen)
+    elif isinstance(used, partial): _note(name, (used.func, used.args, used.keywords), seen)
+    elif isinstance(used, (tuple, list, set, frozenset, dict)):
+        items = used.items() if isinstance(used, dict) else sorted(used, key=repr) if isinstance(used, (set, frozenset)) else used
+        for i, each in enumerate(items): _note(f'{name}[{i}]', each, seen)
+    elif isinstance(used, (bool, int, float, str)): seen[name] = repr(used)
+    elif hasattr(used, 'tolist'): seen[name] = hashlib.sha256(repr(used.tolist()).encode()).hexdigest()   # a tensor or an array
+    elif dataclasses.is_dataclass(used): seen[name] = digest(used)
+    elif not inspect.ismodule(used) and _is_foreign(type(used)):
+        raise SourceUnknown(f'{name} is a {type(used).__name__}, whose state could change without a trace, so the runs that use it are not stored; make it a number, a tuple, a function or a dataclass.')
 
 
 def _is_foreign(obj) -> bool:
     "Is this defined by the user: neither in this package, nor in the standard library, nor installed?"
-    top = obj.__module__.partition('.')[0]
+    module = obj.__name__ if inspect.ismodule(obj) else obj.__module__
+    top = module.partition('.')[0]
     if top == '__main__': return True   # also in a Ray worker, whose own `__main__` is an installed file
     if top in (PACKAGE, 'builtins') or top in sys.stdlib_module_names: return False
-    where = getattr(sys.modules.get(obj.__module__), '__file__', None) or ''
+    where = getattr(sys.modules.get(module), '__file__', None) or ''
     return 'site-packages' not in where and 'dist-packages' not in where
 
 # %% ../nbs/00_core.ipynb #bee7a796
