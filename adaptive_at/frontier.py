@@ -9,13 +9,14 @@ __all__ = ['Trained', 'trained', 'measure', 'cost', 'front', 'named', 'write', '
 import importlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .core import UserError, replacing
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
-from .figures import PALETTE, look, styled, tidy
+from .figures import MARKERS, PALETTE, look, styled, tidy
 from .networks import network
 from .parameters import TABLES, Parameters, about, listed
 from .plans import Plan, Session
@@ -138,14 +139,14 @@ def draw(
     error = lambda accuracy: (100 - accuracy).clip(lower=0.1)  # on a scale of errors, 98 and 99% are as far apart as 96 and 98
     with look():
         fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout='constrained', sharey=True, width_ratios=(1.4, 1))
-        for (paper, part), colour, marker in zip(frame.groupby('paper', sort=False), PALETTE, 'osD^v'):
+        for (paper, part), colour, marker in zip(frame.groupby('paper', sort=False), cycle(PALETTE), cycle(MARKERS)):
             bars = dict(yerr=(part.AA - part.AA_low, part.AA_high - part.AA), fmt=marker, ms=6, mec='white', mew=0.6, color=colour, ecolor=(*colour, 0.18), elinewidth=1, lw=0, zorder=3)
             x = error(part.natural)
             axes[0].errorbar(x, part.AA, xerr=(x - error(part.natural_high), error(part.natural_low) - x), label=group.format(paper), **bars)
             axes[1].errorbar(part.cost, part.AA, **bars)
         best = frame[frame.front].sort_values('natural')
         axes[0].step(error(best.natural), best.AA, where='pre', color='0.35', lw=1.2, zorder=2.5, label='front')
-        axes[0].set(xlabel='natural accuracy (%)', ylabel='accuracy under AutoAttack (%)', title='robust against natural accuracy', xscale='log')
+        axes[0].set(xlabel='natural accuracy (%), on a log scale of the error', ylabel='accuracy under AutoAttack (%)', title='robust against natural accuracy', xscale='log')
         axes[0].invert_xaxis()
         axes[1].set(xlabel='gradient evaluations per training image', xscale='log', title='and what it costs')
         for ax, values, label in ((axes[0], (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80), lambda v: f'{100 - v:g}'), (axes[1], [v * 10**k for k in range(6) for v in (1, 3)], lambda v: f'{v:,g}')):

@@ -179,7 +179,7 @@ def start(
     if values['address'] and values['launcher'] != 'ray': raise UserError(f"address is {values['address']!r}, but launcher is {values['launcher']!r}, which joins no cluster; add launcher ray, or leave address empty.")
     if values['launcher'] == 'ray' and values['device'] not in ('', 'cpu', 'cuda'): raise UserError(f"device is {values['device']!r}; with launcher ray it must be cpu, cuda or empty: Ray chooses among the GPUs.")
     names = tuple(figures.replace('|', ' ').split())
-    if values['figures'] not in ('main', 'all', 'none'): chosen('figures', values['figures'], (*names, 'main', 'all', 'none'))
+    chosen('figures', values['figures'], (*names, 'main', 'all', 'none'))
     parameters = Parameters(table, values, names, tuple(figures.partition('|')[0].split()), began)
     _writable(parameters.outputs)
     return parameters

@@ -206,6 +206,7 @@ class Plan:
             for name in dict.fromkeys(name for name, _, _ in parts): datasets.check(name, parameters.data_root)
         self.blocks = [block for part in parts if (block := self._block(*part)).rows]
         if not self.blocks: raise UserError(f'rows is {parameters.rows!r}, none of which is in the blocks {", ".join(f"{part.dataset} with {part.network}" for _, part, _ in parts)}.')
+        if not any(row in b.runs for b in self.blocks for row in b.rows): raise UserError(f'rows is {parameters.rows!r}, which the paper quotes from other publications: nothing here trains it; name other rows beside it.')
 
     def _parts(self) -> list[tuple[str, Part, str]]:
         "Dataset, the paper's block it stands for, and network, of every block; those that would be the same are one."
@@ -224,9 +225,17 @@ class Plan:
 
     def _figures(self) -> list[str]:
         "The figures to draw."
-        asked, every = self.parameters.figures, self.parameters.known_figures
-        if asked in ('none', 'main', 'all'): return list({'none': (), 'main': self.parameters.main_figures, 'all': every}[asked])
-        return chosen('figures', asked, every)
+        every = self.parameters.known_figures
+        meant = {'none': (), 'main': self.parameters.main_figures, 'all': every} | {f.lower(): (f,) for f in every}
+        return list(dict.fromkeys(f for asked in listed(self.parameters.figures) for f in meant[asked.lower()]))
+
+    def _drawable(self, figure: str, rows: Iterable[str], columns: Iterable[str]) -> bool:
+        "Has the table all that a figure needs? A reader may have taken rows and columns out."
+        need = self.table.figures.get(figure, Needs())
+        gone = [*(f'row {r!r}' for r in need.rows if r not in rows), *(f'column {c!r}' for c in need.columns if c not in columns)]
+        if gone and figure in listed(self.parameters.figures): raise UserError(f'figures names {figure!r}, which is drawn from the {gone[0]} that this table does not have; add it or leave the figure out.')
+        if gone: print(f'{figure} is left out: it is drawn from the {gone[0]}, which this table does not have.')
+        return not gone
 
     def _override(self, name: str, value, of) -> None:
         "Note a departure from the preset."
@@ -249,11 +258,14 @@ class Plan:
         selected = [label for label in chosen('rows', q.rows, every) if label in rows]
         shown = list(columns) if not q.columns else chosen('columns', '' if q.columns == 'all' else q.columns, columns | more, COLUMN_ALIASES | t.aliases)
         rows, columns = rows | t.extra_rows(p), {label: self._capped(c.placed(info, q.data_root, q.outputs/'corrupted')) for label, c in (columns | more | t.extra_columns(p)).items()}
-        homeless = {c: columns[c].surrogate for c in shown if columns[c].surrogate not in ('', COPY, *rows)}  # a reader may have taken the surrogate's row out
+        homeless = {c: column.surrogate for c, column in columns.items() if column.surrogate not in ('', COPY, *rows)}  # a reader may have taken the surrogate's row out
         for c, row in homeless.items():
-            if q.columns not in ('', 'all'): raise UserError(f'columns names {c!r}, whose adversaries are made on the row {row!r}, which this table does not have; add that row or leave the column out.')
+            if c in shown and q.columns not in ('', 'all'): raise UserError(f'columns names {c!r}, whose adversaries are made on the row {row!r}, which this table does not have; add that row or leave the column out.')
         shown = [c for c in shown if c not in homeless]
         rows = {label: row if isinstance(row, Row) else Row(row) for label, row in rows.items()}
+        for label in selected:
+            if rows[label].start not in ('', *rows): raise UserError(f'the row {label!r} starts from the row {rows[label].start!r}, which this table does not have; add that row or leave {label!r} out.')
+        self.figures = [f for f in self.figures if self._drawable(f, rows, [c for c in columns if c not in homeless])]
         cells = {row: [(c, w) for w in t.checkpoints for c in shown if columns[c].surrogate != row] for row in selected if rows[row].method}  # a surrogate is not attacked by itself
         for need in (t.figures[f] for f in self.figures if f in t.figures):
             for row in need.rows: cells[row] = list(dict.fromkeys([*cells.get(row, []), *((c, w) for w in need.checkpoints for c in need.columns)]))
@@ -333,9 +345,12 @@ class Plan:
         e = self.evaluation(block, row, column, seed, which)
         return e and self.store.verdicts(block.runs[row][seed], e)
 
+    def diverged(self, run: Run) -> bool: return 'diverged' in self.store.facts(run)
+
     def unevaluated(self, block: Block, row: str, seed: int) -> list[tuple[str, str]]:
-        "The cells of a row that are not in the store: columns and checkpoints."
-        return [(c, w) for c, w in block.cells.get(row, []) if not self.verdict(block, row, c, seed, w)]
+        "The cells of a row that are not in the store, and whose runs have not diverged: columns and checkpoints."
+        models = {c: [r for r in (block.runs[row][seed], self.source(block, row, c, seed)) if r] for c, _ in block.cells.get(row, [])}
+        return [(c, w) for c, w in block.cells.get(row, []) if not any(map(self.diverged, models[c])) and not self.verdict(block, row, c, seed, w)]
 
 # %% ../nbs/88_plans.ipynb #ba79c6f2
 PUBLISHED_EPOCH = 180  # seconds: PGD-10 adversarial training, ResNet-18, CIFAR-10, one GPU, fp32, as commonly reported for plain PyTorch
@@ -462,7 +477,7 @@ def evaluating(self:Plan, block: Block, column: str, cost: Cost) -> float:
 def left(self:Plan, block: Block, row: str) -> Left:
     "What is left of a row, and about how long it takes."
     runs, info = block.runs[row], block.info
-    begun = [(r, len(self.store.history(r))) for r in runs if not self.store.finished(r)]
+    begun = [(r, len(self.store.history(r))) for r in runs if not self.store.finished(r) and not self.diverged(r)]
     waiting = [c for seed in range(len(runs)) for c, _ in self.unevaluated(block, row, seed)]
     if not begun and not waiting: return Left([], [])   # nothing is measured
     cost = self.cost(runs[0], info)
@@ -487,7 +502,7 @@ def show(self:Plan):
             seconds += left.seconds / self.workers(block)
             size += sum(disk(r, block.info) for r, _ in left.runs)
             lines.append({'dataset': self.named(block), 'row': row + ('' if row in block.rows else ' (for a figure or as a surrogate)'), 'epochs': runs[0].training.epochs, 'seeds': len(runs),
-                          'runs': 'in the store' if not left.runs else f'{len(left.runs)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
+                          'runs': ('diverged' if any(map(self.diverged, runs)) else 'in the store') if not left.runs else f'{len(left.runs)} to train' + (f' (goes on after epoch {begun})' if begun else ''),
                           'evaluations': f'{len(left.evaluations)} of {len(cells) * len(runs)} to do' if cells else '–', 'about': spoken(left.seconds) if left.seconds else '–'})
     how = 'measured on this device' if self.measured() else 'at the published 180 s per PGD-10 epoch of ResNet-18 on one GPU, other networks by their operations' + ' (this CPU takes far longer)' * (self.device.type == 'cpu')
     where = shutil.disk_usage(next(p for p in (self.folder, *self.folder.parents) if p.exists())).free

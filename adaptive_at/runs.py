@@ -206,11 +206,12 @@ class Store:
             if self.finished(run) or self.facts(run).get('diverged'): return False  # another process was here
             for left in folder.glob('.*.part'): left.unlink()  # by a process that was killed
             if (folder/'history.csv').exists() and not self.history(run): tell(f'history.csv of {folder.name} does not agree with spec.json; it is made anew from the last checkpoint')
+            spoilt = None
             if (state := self._resumed(run, data, device, tell)) is None:
                 new, state = True, State(run, data, device)
                 if run.start:
                     self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait, team)
-                    state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
+                    if not (spoilt := self.facts(run.start).get('diverged')): state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
             if state.epoch == run.training.epochs: way = (made or [{}])[-1].get('path', 'eager')   # nothing is left to train
             elif team.size > 1: way = 'eager'   # graphs are of whole batches
@@ -222,6 +223,7 @@ class Store:
                 tell(f'continuing after {_reached(run, state)}')
                 if state.epoch == run.training.epochs: self._record(run, state, facts, tell)
             try:
+                if spoilt: raise Diverged(f'the run that it starts from: {spoilt}')
                 with patiently() as asked: self._train(run, data, state, facts, asked, tell, team)
             except Diverged as e:
                 write_sealed(folder/'spec.json', facts | {'diverged': str(e)})

@@ -288,5 +288,5 @@ def concerns(run: Run, history: list[dict]) -> list[str]:
     if measured and measured[-1]['top_class'] > 90: told.append(f"collapsed in training: {measured[-1]['top_class']:.0f}% of the predictions were one class after the last epoch")
     if len(attacked) == ROW and all(h[robust] == 0 for h in attacked): told.append(f'robust accuracy was 0 the last {ROW} times it was measured in training')
     if run.method.radius.adaptive and len(latest) == ROW and len({v for h in latest for v in (h['least_eps'], h['most_eps'])}) == 1:
-        told.append(f"the radii did not adapt: all stood at {latest[-1]['most_eps']:.3g} in the last {ROW} epochs" + ', the cap' * (latest[-1]['most_eps'] > 0.999 * run.method.radius.eps))
+        told.append(f"the radii did not adapt: all stood at {latest[-1]['most_eps']:.3g} in the last {ROW} epochs")
     return told

@@ -316,7 +316,7 @@ def history(**columns): return [dict(epoch=i + 1., mean_realised=0.1, top_class=
     (dict(test_robust=(0., 0., 0., 5.)), []),
     (dict(test_robust=(0., 0., 0., 0.), mean_realised=(0., 0., 0., 0.)), []),   # natural training
     (dict(least_eps=(0., 0., 0., 0.), most_eps=(0.1, 0., 0., 0.)), ["the radii did not adapt: all stood at 0 in the last 3 epochs"]),
-    (dict(least_eps=(0.1,) * 4), ["the radii did not adapt: all stood at 0.1 in the last 3 epochs, the cap"]),
+    (dict(least_eps=(0.1,) * 4), ["the radii did not adapt: all stood at 0.1 in the last 3 epochs"]),
     (dict(least_eps=(0., 0.1, 0.1, 0.09)), [])])
 def test_what_a_history_makes_suspicious(columns, said):
     assert concerns(spec(), history(**columns)) == said

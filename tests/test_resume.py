@@ -15,6 +15,7 @@ from adaptive_at.core import Milestones, UserError
 from adaptive_at.methods import at
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.papers.table1_daat import TABLE
+from adaptive_at.plans import Row
 from adaptive_at.tables import run
 from helpers import contents
 
@@ -317,12 +318,28 @@ def test_a_diverged_run_is_not_counted_as_trained_again(tmp_path, capsys):
     assert trained(capsys.readouterr().out.splitlines()[-1]) == 0
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_row_does_not_start_from_weights_that_diverged(tmp_path, capsys, at_once):
+    explosion = Exploding(divisor=0.) if at_once else Exploding()   # with no good checkpoint, or after two epochs
+    table = with_rows(Exploding=lambda p: replace(at(p.eps), objective=explosion), Tuned=lambda p: Row(at(p.eps), start="Exploding"), Standard_AT=lambda p: at(p.eps))
+    parameters = SMALL | {"rows": "", "columns": "clean", "outputs": str(tmp_path)}
+    results = run(table, **parameters)
+    lines = results.frame.set_index("row")
+    assert lines.value.notna().to_dict() == {"Exploding": False, "Tuned": False, "Standard AT": True}
+    assert lines.warning["Tuned"].startswith("diverged: the run that it starts from: the loss was")
+    capsys.readouterr()
+    again = run(table, **parameters)
+    assert "1 runs from the store (2 diverged), 0 trained; 1 evaluations from the store, 0 made" in capsys.readouterr().out
+    assert again.plan.seconds() == 0, "what diverged is not planned again"
+
+
 # Edited formulas
 
 SETUP = f"""
 from dataclasses import replace
 from adaptive_at.methods import at
 from adaptive_at.papers.table1_daat import TABLE
+from adaptive_at.plans import Row
 from adaptive_at.radius import RadiusRule
 from adaptive_at.tables import run
 RATE = 0.5

@@ -1,13 +1,18 @@
 "Every table notebook: the paper's rows and columns, the parameters, the plan of the paper's preset. (`.ci/run` executes each of them at a tiny size.)"
 import ast, csv, importlib, json, re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from adaptive_at.core import UserError
+from adaptive_at.corruptions import Corruption
+from adaptive_at.evaluation import pack
 from adaptive_at.parameters import COMMON, TABLES, about, start
 from adaptive_at.plans import Plan, settle
-from adaptive_at.tables import Results
+from adaptive_at.tables import Results, compared
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [name for name in TABLES if name.startswith("table")]
@@ -91,3 +96,62 @@ def test_the_notebook_is_thin_and_its_table_is_its_own(name):
     assert any(f"start('{name}', globals())" in c for c in code) and "results.provenance()" in code[-1]
     first = ["".join(c["source"]) for c in cells(name) if c["cell_type"] == "raw"]
     assert first and "skip_exec: true" in first[0]
+
+
+# What a reader may take out of a table, or ask of it
+
+DAAT1 = table("table1_daat")
+
+
+def settled(name, tmp_path, **parameters): return settle(start(name, dict(preset="quick", dry_run=True, device="cpu", outputs=str(tmp_path)) | parameters))
+
+
+def without(row="", column=""):
+    return replace(DAAT1, rows=lambda p: {r: m for r, m in DAAT1.rows(p).items() if r != row}, columns=lambda p: {c: a for c, a in DAAT1.columns(p).items() if c != column})
+
+
+@pytest.mark.parametrize("gone, told", [(dict(row="FAT"), "row 'FAT'"), (dict(column="PGD-20"), "column 'PGD-20'"), (dict(row="Natural"), "row 'Natural'")])
+def test_a_figure_whose_row_or_column_was_taken_out_is_left_out(gone, told, tmp_path, capsys):
+    plan = Plan(without(**gone), settled("table1_daat", tmp_path, figures="all"))
+    left_out = re.findall(rf"(fig\w+) is left out: it is drawn from the {told}, which this table does not have", capsys.readouterr().out)
+    assert left_out and plan.figures and set(plan.figures).isdisjoint(left_out)
+    with pytest.raises(UserError, match=f"figures names '{left_out[0]}', which is drawn from the {told}"): Plan(without(**gone), settled("table1_daat", tmp_path, figures=left_out[0]))
+
+
+def test_a_row_whose_start_was_taken_out_is_refused(tmp_path):
+    whole = table("table6_dra")
+    with pytest.raises(UserError, match="the row 'p=1/6' starts from the row 'p=0', which this table does not have"):
+        Plan(replace(whole, rows=lambda p: {r: m for r, m in whole.rows(p).items() if r != "p=0"}), settled("table6_dra", tmp_path))
+
+
+def test_only_quoted_rows_are_refused(tmp_path):
+    with pytest.raises(UserError, match="rows is 'MMA', which the paper quotes"): planned("table4_cat", tmp_path, rows="MMA")
+
+
+def test_groups_of_figures_and_names_may_be_mixed(tmp_path):
+    def figures(asked): return Plan(DAAT1, settled("table1_daat", tmp_path, figures=asked)).figures
+    more, = [f for f in figures("all") if f not in figures("main")][:1]
+    assert figures(f"main,{more.upper()}") == [*figures("main"), more] and figures("none") == []
+
+
+@pytest.mark.parametrize("name, official, same", [("table7_dra", True, True), ("table7_dra", False, False), ("table1_iaat", True, True), ("table1_iaat", False, False)])
+def test_corrupted_images_are_compared_with_print_only_where_they_are_the_official_ones(name, official, same, tmp_path):
+    if official: (tmp_path/"CIFAR-10-C").mkdir()
+    results = Results(planned(name, tmp_path, data_root=str(tmp_path), columns="all"))
+    block, = results.plan.blocks[:1]
+    corrupted = [c for c in block.shown if isinstance(block.columns[c], Corruption)]
+    assert corrupted and {compared(block, c) for c in corrupted} == {same}
+    assert compared(block, "natural") is (name == "table1_iaat")   # Table 7 prints no other numbers
+
+
+def test_rows_are_compared_seed_by_seed_where_one_is_missing(tmp_path):
+    "AT's seed 0 is not there yet: FAT's seed 1 is compared with AT's seed 1, and natural accuracy with that of the same seed."
+    def result(*right): return {"accuracy": 100 * sum(right) / len(right), "n": len(right), "standing": pack(torch.tensor(right) > 0)}
+    results = Results(planned("table1_daat", tmp_path, rows="FAT,Standard AT", columns="clean,PGD-20", seeds=2, figures="none", datasets="cifar10"))
+    block, = results.plan.blocks
+    many = 50
+    results.cells = {(0, "FAT", "PGD-20", "last"): [result(*[0, 1] * many), result(*[1, 1] * many)], (0, "Standard AT", "PGD-20", "last"): [None, result(*[0, 1] * many)],
+                     (0, "Standard AT", "natural", "last"): [result(*[0, 0] * many), result(*[1, 1] * many)]}
+    d = results._difference(block, "FAT", "Standard AT", "PGD-20", "last")
+    assert (d["difference"], d["seeds"]) == (50., 1)
+    assert not any("natural" in told for told in results._warnings(block, "Standard AT", "PGD-20", "last"))

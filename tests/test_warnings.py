@@ -79,7 +79,7 @@ def test_a_sound_network_has_no_warning(warned):
     ("loud", "PGD-10", "zero gradients at "), ("loud", "AA", "AA far below PGD-10"),
     ("shaking", "natural", "randomised: "), ("shaking", "PGD-10", "randomised: "),
     ("collapsed", "natural", "collapsed: 100% of the predictions are one class"), ("no number", "natural", "logits are not finite"),
-    ("sound", "PGD-20, tiny steps", "more steps help less than the fewer of PGD-10"), ("loud", "help", "higher than the natural accuracy"), ("stuck", "natural", "the radii did not adapt: all stood at 0.12 in the last 3 epochs, the cap")])
+    ("sound", "PGD-20, tiny steps", "more steps help less than the fewer of PGD-10"), ("loud", "help", "higher than the natural accuracy"), ("stuck", "natural", "the radii did not adapt: all stood at 0.12 in the last 3 epochs")])
 def test_each_warning_meets_who_deserves_it(row, column, text, warned):
     assert text in warned[1][row, column], warned[1][row, column]
     assert text in warned[0]

@@ -31,4 +31,4 @@ def more_columns(p): return {'PGD-20 eps=0.3 (step eps/4)': WhiteBox(PGD(p.eps /
 
 def recipe(p): return Recipe(MNIST_TRAINING, Augment(crop=4))  # the paper also flips, which turns digits into other signs
 
-TABLE = Table('table2_dra', 'DRA, Table 2.', (Part('mnist', 'mnistcnn'),), 0.3, rows, columns, recipe, more_columns=more_columns)
+TABLE = Table('table2_dra', 'DRA, Table 2.', (Part('mnist', 'mnistcnn'),), 8/255, rows, columns, recipe, more_columns=more_columns)
