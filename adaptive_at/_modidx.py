@@ -662,6 +662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
             'adaptive_at.papers.study': { 'adaptive_at.papers.study.columns': ('study.html#columns', 'adaptive_at/papers/study.py'),
                                           'adaptive_at.papers.study.extra_rows': ('study.html#extra_rows', 'adaptive_at/papers/study.py'),
                                           'adaptive_at.papers.study.frontier': ('study.html#frontier', 'adaptive_at/papers/study.py'),
+                                          'adaptive_at.papers.study.radii': ('study.html#radii', 'adaptive_at/papers/study.py'),
                                           'adaptive_at.papers.study.recipe': ('study.html#recipe', 'adaptive_at/papers/study.py'),
                                           'adaptive_at.papers.study.rows': ('study.html#rows', 'adaptive_at/papers/study.py')},
             'adaptive_at.papers.table1_cat': { 'adaptive_at.papers.table1_cat.Plane': ( 'table1_cat.html#plane',

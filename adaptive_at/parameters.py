@@ -164,8 +164,11 @@ class Parameters:
     def command(self) -> str:
         "The command that repeats this notebook."
         known = COMMON | about(self.table)
-        told = ' '.join(f'-p {k} ' + (f'"{v}"' if isinstance(v, str) and re.search(r'[^\w.:/-]', v) else str(v)) for k, v in self.values.items() if v != known[k].default)
-        return f'papermill nbs/{self.table}.ipynb outputs/{self.table}.ipynb {told}'.strip()
+        def quoted(value): return f'"{value}"' if re.search(r'[^\w.:/-]', str(value)) else str(value)
+        told = ' '.join(f'-p {k} {quoted(v)}' for k, v in self.values.items() if v != known[k].default)
+        folder = quoted(self.outputs)
+        made = f'mkdir -p {folder} && ' if folder != known['outputs'].default else ''
+        return f'{made}papermill nbs/{self.table}.ipynb {folder}/{self.table}.ipynb {told}'.strip()
 
 
 def start(

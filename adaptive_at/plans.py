@@ -125,7 +125,7 @@ class Preset:
 PRESETS = {p.name: p for p in (
     Preset('quick', 'real handwritten digits (8x8 pixels) and a narrow network: shows directions, not the paper\'s values', ('digits',), 'narrow',
            Training(epochs=20, batch=128, weight_decay=5e-4), monitor_examples=300, monitor_every=3, aa_examples=200, max_steps=500),
-    Preset('fast', 'the paper\'s data and network with a short one-cycle schedule, the same for all rows', training=Training(epochs=30, lr=0.2, weight_decay=5e-4, schedule=OneCycle())),
+    Preset('fast', 'the table\'s own data and network with a short one-cycle schedule, the same for all rows', training=Training(epochs=30, lr=0.2, weight_decay=5e-4, schedule=OneCycle())),
     Preset('paper', 'the paper\'s setting'))}
 
 # %% ../nbs/88_plans.ipynb #1e4e69c2
@@ -248,6 +248,7 @@ class Plan:
         info = datasets.info(name, q.data_root)
         own_eps = t.eps if info.unit == 8/255 else info.unit
         p = Protocol(name, part.network, q.eps or own_eps, preset.name, q.told)
+        if name not in (preset.datasets or {part.dataset for part in t.blocks}): self._override('datasets', info.label, '')
         self._override('eps', p.eps, own_eps)
         if q.test_examples: self._override('test_examples', min(q.test_examples, info.n_test), preset.test_examples or info.n_test)
         self._override('network', networks.network(network).label, networks.network(self._stand_in(part.network)).label)

@@ -190,7 +190,8 @@ def _footnotes(self:Results) -> list[str]:
 @patch
 def claims(self:Results,
     claims: list[tuple[str, str, str, str]], # sentence; the row said to be higher; the row said to be lower; column
-    which: str = ''                          # checkpoint; empty: the table's
+    which: str = '',                         # checkpoint; empty: the table's
+    caption: str = 'Claims of the paper, and what this run shows'
 ) -> Styler|str:
     "What this run shows of a paper's claims. `claims.csv` (`claims-WHICH.csv`) gets what all that the store holds for the table shows."
     if self.plan.parameters.dry_run: return 'dry run: nothing was trained'
@@ -199,7 +200,7 @@ def claims(self:Results,
     tidy(self.plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])))
     seeds = max((line['seeds'] for line in shown), default=1)
     lines = [{'dataset': line['dataset'], 'claim': line['claim'], 'this run': line['verdict'], 'difference': '{difference:+.1f} points [{low:+.1f}, {high:+.1f}]'.format(**line) if line['n'] else ''} for line in shown]
-    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), 'Claims of the paper, and what this run shows', ['Difference of accuracies on the same images, with its 95% interval' + (f', of images and of {seeds} seeds.' if seeds > 1 else '; one seed says nothing of the spread between seeds.')])
+    return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), caption, ['Difference of accuracies on the same images, with its 95% interval' + (f', of images and of {seeds} seeds.' if seeds > 1 else '; one seed says nothing of the spread between seeds.')])
 
 
 @patch

@@ -45,7 +45,7 @@ def test_the_command_for_a_copy_on_two_cores(tmp_path):
     block, = plan.blocks
     run, = block.runs["AT"]
     assert plan.workers(block) > 0 and run.network.threads == 1 and run.training.epochs == 2 and run.train_examples == 8
-    assert plan.overrides == ["test_examples=4 of 16", "network=narrow ResNet (width 24, early stride)", "epochs=2 of 30", "train_examples=8 of 16"]
+    assert plan.overrides == ["datasets=imagefolder copy", "test_examples=4 of 16", "network=narrow ResNet (width 24, early stride)", "epochs=2 of 30", "train_examples=8 of 16"]
 
 
 def test_the_frontier_has_a_point_with_its_intervals_for_every_row(tmp_path):
