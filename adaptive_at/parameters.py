@@ -166,7 +166,7 @@ class Parameters:
         known = COMMON | about(self.table)
         def quoted(value): return f'"{value}"' if re.search(r'[^\w.:/-]', str(value)) else str(value)
         told = ' '.join(f'-p {k} {quoted(v)}' for k, v in self.values.items() if v != known[k].default)
-        folder = quoted(self.outputs)
+        folder = quoted(self.values['outputs'])
         made = f'mkdir -p {folder} && ' if folder != known['outputs'].default else ''
         return f'{made}papermill nbs/{self.table}.ipynb {folder}/{self.table}.ipynb {told}'.strip()
 
