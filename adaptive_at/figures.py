@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'GREY', 'look', 'distance_histograms', 'curves', 'learning_curves', 'embeddings', 'tidy',
-           'styled']
+           'number', 'styled']
 
 # %% ../nbs/85_figures.ipynb #459a1c55
 import html
@@ -103,6 +103,11 @@ def embeddings(
 def tidy(path: Path, frame: pd.DataFrame) -> None:
     "Write a table that other programs read, whole or not at all."
     write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
+
+
+def number(value: float, low: float, high: float) -> str:
+    "A number with half of its interval, as HTML."
+    return 'missing' if np.isnan(value) else f'<b>{value:.1f}</b> ± {(high - low) / 2:.1f}'
 
 
 def styled(

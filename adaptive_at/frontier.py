@@ -16,7 +16,7 @@ from pandas.io.formats.style import Styler
 from . import datasets
 from .core import UserError, replacing
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
-from .figures import MARKERS, PALETTE, look, styled, tidy
+from .figures import MARKERS, PALETTE, look, number, styled, tidy
 from .networks import network
 from .parameters import TABLES, Parameters, about, listed
 from .plans import Plan, Session
@@ -163,7 +163,6 @@ def draw(
 
 def listing(frame: pd.DataFrame, session: Session) -> Styler:
     "The points as a table, the most robust first."
-    def number(value, low, high): return f'<b>{value:.1f}</b> ± {(high - low) / 2:.1f}'
     lines = [{'row': r.row, 'of': r.table, 'natural': number(r.natural, r.natural_low, r.natural_high), 'AA': number(r.AA, r.AA_low, r.AA_high), 'gradient evaluations': f'{r.cost:,}', 'front': '●' if r.front else ''}
              for r in frame.sort_values('AA', ascending=False).itertuples()]
     t = frame.iloc[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np, torch
 from torch import nn
-from .compiled import path
+from .compiled import execution_path
 from .core import Busy, UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
@@ -215,7 +215,7 @@ class Store:
             else: new = False
             if state.epoch == run.training.epochs: way = (made or [{}])[-1].get('path', 'eager')   # nothing is left to train
             elif team.size > 1: way = 'eager'   # graphs are of whole batches
-            else: way = held.enter_context(path(run, state.model, len(state.subset), data.info.shape, tell))
+            else: way = held.enter_context(execution_path(run, state.model, len(state.subset), data.info.shape, tell))
             now = versions() | {'device': hardware(device), 'threads': n, 'path': way} | team.facts(state.model)
             facts = {'run': describe(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_sealed(folder/'spec.json', facts)

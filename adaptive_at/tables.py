@@ -21,7 +21,7 @@ from . import datasets
 from .attacks import PGD
 from .core import Busy, UserError, locked, replacing, slug
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
-from .figures import styled, tidy
+from .figures import number, styled, tidy
 from .launch import Job, in_stages, on_ray
 from .networks import network
 from .parallel import launched, undivided
@@ -148,7 +148,7 @@ def _cell(self:Results, block: int, row: str, column: str, which: str, notes: di
     if not (line := self.lines.get((block, row, column, which))): return '–'
     theirs = '' if np.isnan(line['paper']) else f'<span class="paper">paper {line["paper"]:g}</span>'
     if row not in self.plan.blocks[block].runs: return theirs
-    ours = _number(line['value'], line['ci_low'], line['ci_high'])
+    ours = number(line['value'], line['ci_low'], line['ci_high'])
     if line['warning']:
         where = f'{row} ({column})'
         if where not in notes.setdefault(f'⚠ {line["warning"]}', []): notes[f'⚠ {line["warning"]}'].append(where)
@@ -241,7 +241,7 @@ def compare(self:Results,
                     d = self._difference(block, row, against[row], c, which) if row in against else {}
                     rows.append({'dataset': self.plan.named(block), 'row': row, 'checkpoint': which, 'column': c, **dict(zip(('value', 'ci_low', 'ci_high'), interval)), 'n': len(scores(found[0])) if found else 0, 'seeds': len(found),
                                  'less': against.get(row, ''), **{k: d.get(k, np.nan) for k in ('difference', 'low', 'high')}})
-                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = _number(*interval) + (' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d) if d.get('n') else '')
+                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = number(*interval) + (' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d) if d.get('n') else '')
     tidy(self.plan.folder/f'{name}.csv', pd.DataFrame(rows))
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
@@ -254,10 +254,6 @@ def _skipped(self:Results, name: str) -> str:
     "Why something is not there."
     return f'{name}: not asked for ({"dry run" if self.plan.parameters.dry_run else "figures is " + repr(self.plan.parameters.figures)})'
 
-
-def _number(value: float, low: float, high: float) -> str:
-    "A number with half of its interval."
-    return 'missing' if np.isnan(value) else f'<b>{value:.1f}</b> ± {(high - low) / 2:.1f}'
 
 # %% ../nbs/90_tables.ipynb #fe4d327b
 def shrunken_margins(

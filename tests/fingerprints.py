@@ -19,7 +19,7 @@ from adaptive_at.attacks import PGD
 from adaptive_at.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.core import describe
 from adaptive_at.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
-from adaptive_at.iaat import iaat, mixup_at
+from adaptive_at.iaat import iaat, mixup_at, imagenet_iaat
 from adaptive_at.methods import Training, at, daat, fat, mart, natural, trades
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.radius import LinearDAAT, PiecewiseDAAT
@@ -41,7 +41,7 @@ METHODS = {
     "daat-fat": fat(EPS, daat(EPS)), "daat-trades": trades(EPS, daat(EPS)), "daat-mart": mart(EPS, daat(EPS)),
     "saat": saat(EPS, 16.), "saat-down": saat_down(EPS), "saat-up": saat_up(EPS), "satrades-up": satrades_up(EPS),
     "at-awp": rice_at(EPS, weights=AT_AWP), "trades-awp": rice_trades(EPS, weights=TRADES_AWP), "saat-up-awp": saat_up(EPS, weights=AT_AWP),
-    "iaat": iaat(EPS, warmup=67), "iaat-no-warm": iaat(EPS, warmup=0), "iaat-printed": iaat(EPS, warmup=67, misclassified="printed"), "mixup-at": mixup_at(EPS),
+    "iaat": iaat(EPS, warmup=67), "iaat-no-warm": iaat(EPS, warmup=0), "iaat-printed": iaat(EPS, warmup=67, misclassified="printed"), "iaat-imagenet": imagenet_iaat(EPS, steps=3), "mixup-at": mixup_at(EPS),
     "cat": cat(EPS), "cat-ce": cat(EPS, mixed=False), "cat-minus-eta": cat(EPS, outcome="minus_eta"), "cat-v0": cat_v0(EPS), "cat-v2": cat_v2(EPS), "adv-ls": adv_ls(EPS), "adp-adv": adp_adv(EPS),
     "dra": dra_finetune(EPS), "dra-constant": dra_finetune_constant(EPS), "dra-madry": madry_dra(EPS), "dra-trades": trades_dra(EPS, beta=6., factor=4.)}
 
