@@ -7,7 +7,7 @@ __all__ = ['Abandoned', 'asking', 'Update', 'Together', 'undivided', 'enough', '
 
 # %% ../nbs/71_parallel.ipynb #f4460110
 import ctypes, hashlib, io, os, re, signal, subprocess, sys, tempfile, time, traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +16,8 @@ import torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
 from .core import UserError, describe, revived, write_json
-from .datasets import Batch, Dataset
+from .datasets import Dataset
 from .networks import Dropout
-from .radius import Bank
 from .stopping import Stopped, patiently
 from .training import ALONE, Alone, Diverged, Run, State, threads, train
 from .workers import LONGEST, cores

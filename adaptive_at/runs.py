@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np, torch
 from torch import nn
 from .compiled import execution_path
-from .core import Busy, UserError, describe, locked, replacing, write_text
+from .core import UserError, describe, locked, replacing, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
 from .parallel import Abandoned
 from .seals import Damaged, Seal, read_sealed, seal, unsealed, verified, write_sealed
 from .stopping import Stopped, patiently
-from .training import ALONE, Alone, Diverged, Run, State, followed, snapshot_every, threads, train
+from .training import ALONE, Alone, Diverged, Run, State, snapshot_every, threads, train
 
 # %% ../nbs/80_runs.ipynb #ee4e699e
 def versions() -> dict[str, str]:

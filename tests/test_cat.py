@@ -1,5 +1,5 @@
 "CAT: its radius rule on scripted outcomes, labels and losses against the equations, the order of labels and growth in a step, and its ablations."
-import copy, math
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest

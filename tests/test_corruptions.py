@@ -1,12 +1,10 @@
 "Corrupted images: the package's own, seeds, files, the store they share, and the columns made of them."
 import json
-import os
 import random
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import imagecorruptions
 import matplotlib.pyplot as plt

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import archives
-from adaptive_at import datasets as ds, streams
+from adaptive_at import datasets as ds
 from adaptive_at.core import UserError
 
 

@@ -28,7 +28,7 @@ from adaptive_at.plans import Plan, settle
 from adaptive_at.runs import Store
 from adaptive_at.stopping import Stopped, patiently
 from adaptive_at.tables import execute, run as run_table
-from adaptive_at.training import Diverged, Monitor, Run, State, concerns, train
+from adaptive_at.training import Monitor, Run, State, concerns, train
 from adaptive_at.workers import side_by_side
 from fingerprints import METHODS
 from helpers import OneLayer, digits, random_data, robust_digits

@@ -18,7 +18,7 @@ import torch
 
 from adaptive_at import core, launch, plans
 from adaptive_at.core import UserError
-from adaptive_at.launch import Job, in_stages, joined, machines, on_ray, reached, resources, shared, stages
+from adaptive_at.launch import Job, in_stages, joined, machines, on_ray, resources, stages
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.parameters import start
 from adaptive_at.plans import Plan, settle

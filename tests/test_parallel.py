@@ -12,7 +12,7 @@ from adaptive_at import datasets, parallel, plans
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.cat import cat_v2
-from adaptive_at.core import UserError, describe, digest, revived, write_json
+from adaptive_at.core import describe, digest, revived, write_json
 from adaptive_at.iaat import iaat, imagenet_iaat, mixup_at
 from adaptive_at.methods import Training, at, daat, mart
 from adaptive_at.networks import MNISTCNN
