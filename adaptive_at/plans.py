@@ -95,7 +95,6 @@ class Table:
     figures: dict[str, Needs] = field(default_factory=dict)         # name, as in the `figures` parameter -> what it draws from
     checkpoints: tuple[str, ...] = ('last',)                        # the paper's choice
     stand_ins: dict[str, str] = field(default_factory=dict)         # the paper's network -> the one that plays its part in `quick`
-    quick: dict[str, Any] = field(default_factory=dict)             # what `quick` does otherwise here: fields of `Preset`
     aliases: dict[str, str] = field(default_factory=dict)           # other names of columns
 
 
@@ -196,7 +195,7 @@ class Plan:
     "All runs and evaluations of a table, in order."
     def __init__(self, table: Table, session: Session):
         self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.here
-        parameters, self.preset = session.parameters, replace(session.preset, **table.quick) if session.preset.name == 'quick' else session.preset
+        parameters, self.preset = session.parameters, session.preset
         self.store = Store(parameters.outputs/'runs')
         self.folder = parameters.outputs/table.name/self.preset.name
         self.figures = self._figures()

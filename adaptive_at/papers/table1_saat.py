@@ -77,7 +77,7 @@ TABLE = Table('table1_saat', 'SAAT, Table 1.', (Part('cifar10', 'preactresnet18'
     'fig1': Needs(tuple(trained_at(e) for e in BUDGETS), SWEEP, ('best', 'last')),
     'fig2': Needs(tuple(wide('AT', x) for x in WIDTHS), SWEEP, ('best', 'last')),
     'fig3': Needs(('AT', *dict.fromkeys((*(adaptive(rho) for rho in RHOS), *(adaptive(1.5, e) for e in EPS_MAX), *(wide('SAAT', x) for x in WIDTHS)))), SWEEP),
-}, stand_ins={'wrn34-1': 'narrow-4', 'wrn34-3': 'narrow-8', 'wrn34-5': 'narrow', 'wrn34-7': 'narrow-24'}, quick={'aa_examples': 100})  # 62 times
+}, stand_ins={'wrn34-1': 'narrow-4', 'wrn34-3': 'narrow-8', 'wrn34-5': 'narrow', 'wrn34-7': 'narrow-24'})
 
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
