@@ -90,4 +90,4 @@ def radii(results):
             if run.method.radius.adaptive and (history := plan.store.history(run)): lines.append({'dataset': plan.named(block), 'row': row} | {k: history[-1][k] for k in ('epoch', 'mean_eps', 'least_eps', 'most_eps', 'train_natural')})
     if not lines: return 'no adaptive row was trained'
     tidy(plan.folder/'radii.csv', pd.DataFrame(lines))
-    return styled(pd.DataFrame(lines).set_index(['dataset', 'row']).round(4), 'Radii in the last epoch', ['On the [0,1] scale; natural accuracy in percent on training images.'])
+    return styled(pd.DataFrame(lines).set_index(['dataset', 'row']).map(lambda v: f'{v:.3g}'), 'Radii in the last epoch', ['On the [0,1] scale; natural accuracy in percent on training images.'])
