@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
 from .core import UserError, locked, replacing, unhashed
-from .datasets import DatasetInfo, to_unit
+from .datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
 from .streams import key
 
@@ -70,7 +70,7 @@ def corrupt(
 @dataclass(frozen=True)
 class Computed:
     "Images corrupted here by imagecorruptions-imaug."
-    folder: str|Path|None = unhashed(None)   # where they are kept; None: nowhere
+    folder: str|Path|None = unhashed(None)   # where those of tensors are kept; None: nowhere
     instead: str = unhashed('')              # the official files they stand in for, where there are some
 
     @property
@@ -92,9 +92,10 @@ class Computed:
 
     def images(self, name: str, images: Images) -> Tensor:   # uint8 [5,N,C,H,W]
         "The images under one corruption, by severity."
-        x = (images.x * 255).round().to(torch.uint8).cpu()
+        files = isinstance(images.x, ImageFiles)
+        x = images.x.read(slice(None)) if files else (images.x * 255).round().to(torch.uint8).cpu()
         def compute(): return torch.stack([corrupt(x, name, s, images.index) for s in range(1, SEVERITIES + 1)])
-        if self.folder is None: return compute()
+        if files or self.folder is None: return compute()
         path = self.place(x, images.index)/f'{name}.npy'
         with locked(path.with_suffix('.lock'), waiting=lambda text: None):
             if not path.exists():
@@ -221,14 +222,16 @@ class Corruption(Column):
     @torch.no_grad()
     def counts(self, model: nn.Module, images: Images, batch: int = 500, saved: dict|None = None, save: Callable[[dict], None] = lambda progress: None) -> Tensor:  # int64 [N,len(names)]
         "At how many of the five severities each image is classified right, by corruption."
-        done, device = dict(saved or {}), images.x.device
+        done, device, files = dict(saved or {}), images.x.device, isinstance(images.x, ImageFiles)
         for name in self.names:
-            if name in done: continue
-            right = torch.zeros(len(images.y), dtype=torch.long, device=device)
-            for x in self.source.images(name, images):
-                right += torch.cat([model(to_unit(part.to(device))).argmax(1) for part in x.split(batch)]) == images.y
-            done[name] = ''.join(map(str, right.tolist()))
-            save(done)
+            for i in images.parts(batch if files else len(images.y)):
+                if i[0] < len(done.get(name, '')): continue
+                some = Images(images.x.part(i), images.y[i], images.index[i]) if files else images
+                right = torch.zeros(len(i), dtype=torch.long, device=device)
+                for x in self.source.images(name, some):
+                    right += torch.cat([model(to_unit(part.to(device))).argmax(1) for part in x.split(batch)]) == some.y
+                done[name] = done.get(name, '') + ''.join(map(str, right.tolist()))
+                save(done)
         return torch.tensor([[int(digit) for digit in done[name]] for name in self.names]).T
 
     def standing(self, model, images, seed=0, source=None, batch=500, saved=None, save=lambda progress: None) -> Tensor:  # float64 [N]

@@ -13,7 +13,8 @@ from torchvision.transforms import functional as tvf
 
 from adaptive_at import datasets as ds, streams
 from adaptive_at.attacks import PGD
-from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
+from adaptive_at.corruptions import MeanCorruptionError, samples
+from adaptive_at.evaluation import AutoAttack, Clean, Images, WhiteBox, evaluate, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import Network, pooled
 from adaptive_at.training import Monitor, Run, State, train
@@ -358,3 +359,22 @@ def test_evaluation_reads_a_batch_at_a_time_and_gives_the_same(root, column, sho
     n = 3 if getattr(column, "limit", 0) else 6
     assert files["n"] == n and max(sizes[:n // 2]) <= 2   # afterwards: up to 500 for the facts behind the warnings
     assert files == evaluate(ds.replace(evaluation(column, data.info.identity, ""), batch=2), model, in_memory(data))
+
+
+def test_corruptions_of_files_are_made_a_batch_at_a_time_and_kept_nowhere(root, tmp_path, monkeypatch):
+    class Remainder(nn.Module):   # another class whenever a pixel is another one
+        def forward(self, x): return nn.functional.one_hot((255 * x.double()).round().sum((1, 2, 3)).long() % 3, 3).float()
+    data, memory = ds.load("imagenet", root), in_memory(ds.load("imagenet", root))
+    model, sizes, read = Remainder().eval(), [], ds.ImageFiles.read
+    monkeypatch.setattr(ds.ImageFiles, "read", lambda self, *args: (x := read(self, *args), sizes.append(len(x)))[0])
+    column = MeanCorruptionError(("gaussian_noise", "contrast", "impulse_noise")).placed(data.info, tmp_path, tmp_path / "kept")
+    e, progress = ds.replace(evaluation(column, data.info.identity, ""), batch=4), []
+    files = evaluate(e, model, data, save=lambda p: progress.append(dict(p)))
+    assert column.relative and files["n"] == 6 and sizes == 3 * [4, 2] and not any(tmp_path.iterdir())
+    assert files == evaluate(e, model, memory) == evaluate(ds.replace(e, batch=5), model, data) and len(list(tmp_path.rglob("*.npy"))) == 3   # those of tensors are kept
+    assert [sum(map(len, p.values())) for p in progress] == [4, 6, 10, 12, 16, 18]
+    for part in progress:
+        del sizes[:]
+        assert evaluate(e, model, data, saved=part) == files and sum(sizes) == 18 - sum(map(len, part.values()))
+    one = Images(ds.to_unit(data.test.x), data.test.y, torch.arange(6))
+    assert samples(one, ("contrast",)).axes[1].images[0].get_array().shape == (224, 224, 3)
