@@ -8,6 +8,7 @@ __all__ = ['FOLDER', 'Stored', 'stored', 'everything', 'spec_of', 'history_of', 
 
 # %% ../nbs/92_inventory.ipynb #8d91f3c4
 import csv, importlib, re, shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -226,9 +227,11 @@ def _agree(saved: list[dict], history: list[dict]) -> bool:
 
 
 def remove(s: Stored) -> bool:
-    "Remove a run, unless a process works on it."
+    "Remove a run, unless a process trains or evaluates it."
     try:
-        with locked(s.folder/'lock', wait=False): shutil.rmtree(s.folder)
+        with ExitStack() as held:
+            for lock in (s.folder/'lock', *s.folder.glob('evals/*.lock')): held.enter_context(locked(lock, wait=False))
+            shutil.rmtree(s.folder)
     except Busy: return False
     except OSError as e: raise UserError(f'{s.folder} could not be removed ({e.strerror}).') from e
     return True

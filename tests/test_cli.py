@@ -153,6 +153,14 @@ def test_prune_asks_and_keeps_what_a_table_needs(outputs, capsys, monkeypatch):
     assert cli(capsys, "prune", "--outputs", outputs)[1] == "every run is needed by a table\n"
 
 
+def test_prune_keeps_a_run_that_is_being_evaluated(outputs, capsys):
+    store = Store(outputs/"runs")
+    with FileLock(store._path(alone(7), clean(store)).with_suffix(".lock")): code, out, _ = cli(capsys, "prune", "--outputs", outputs, "--yes")
+    assert code == 0 and f"{store.folder(alone(7)).name} is being worked on and was kept\n" in out and "\n2 runs removed, " in out
+    assert store.finished(alone(7)) and store.verdicts(alone(7), clean(store))["n"] == 50
+    assert "\n1 runs removed, " in cli(capsys, "prune", "--outputs", outputs, "--yes")[1] and not store.folder(alone(7)).exists()
+
+
 # export and import
 
 @pytest.fixture
