@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ from adaptive_at.exports import opened
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import TABLES
+from adaptive_at.parameters import TABLES, start
 from adaptive_at.plain import plain, scored
+from adaptive_at.plans import Needs, Plan, settle
 from adaptive_at.runs import Store
 from adaptive_at.seals import checksum
-from adaptive_at.tables import run
+from adaptive_at.stopping import Stopped
+from adaptive_at.tables import execute, run
 from adaptive_at.training import Monitor, Run
 
 from helpers import digits, narrow
@@ -92,8 +95,6 @@ def test_the_module_runs_from_the_shell(outputs):
 def test_plans_know_their_runs_before_a_table_is_written(tmp_path):
     found = inv.planned(tmp_path, ROOT/"data", seeds=2)
     assert {table.split()[0] for tables in found.values() for table in tables} == set(TABLES) - {"frontier"}  # which trains nothing
-    from adaptive_at.parameters import start
-    from adaptive_at.plans import Plan, settle
     plan = Plan(TABLE, settle(start("table1_daat", dict(preset="quick", device="cpu", figures="all", seeds=2, dry_run=True, outputs=str(tmp_path)))))
     runs = [r for b in plan.blocks for seeds in b.runs.values() for r in seeds]
     assert runs and all("table1_daat quick" in found[r.id] for r in runs)
@@ -159,6 +160,25 @@ def test_prune_keeps_a_run_that_is_being_evaluated(outputs, capsys):
     assert code == 0 and f"{store.folder(alone(7)).name} is being worked on and was kept\n" in out and "\n2 runs removed, " in out
     assert store.finished(alone(7)) and store.verdicts(alone(7), clean(store))["n"] == 50
     assert "\n1 runs removed, " in cli(capsys, "prune", "--outputs", outputs, "--yes")[1] and not store.folder(alone(7)).exists()
+
+
+def test_prune_keeps_what_figures_and_stopped_commands_need(tmp_path, capsys):
+    table = replace(TABLE, figures={"fig3": Needs(("Enlarged DAAT",))})
+    def command(tell=lambda line: None, **changes):
+        execute(Plan(table, settle(start(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", rows="Natural", columns="clean", outputs=str(tmp_path)) | changes))), tell)
+    def stop(line):
+        if line.endswith(": trained"): raise KeyboardInterrupt
+    with pytest.raises(Stopped): command(stop)
+    assert {s.tables for s in inv.inventory(tmp_path)} == {("table1_daat quick",)}
+    command()
+    command(figures="none", epochs=2)   # whose table.csv names its own run alone
+    assert [s.tables for s in inv.inventory(tmp_path)] == 3 * [("table1_daat quick",)]
+    capsys.readouterr()
+    assert cli(capsys, "prune", "--outputs", tmp_path, "--yes")[1] == "every run is needed by a table\n"
+    for again in (command, lambda: None):
+        for noted in tmp_path.glob("table1_daat/quick/runs-*.csv"): noted.unlink()   # given up by hand
+        again()   # all from the store
+        assert "\n1 runs removed, " in cli(capsys, "prune", "--outputs", tmp_path, "--yes")[1]   # of the two epochs; then the figure's
 
 
 # export and import
