@@ -1204,6 +1204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                     'adaptive_at.tables._jobs': ('tables.html#_jobs', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._launch': ('tables.html#_launch', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._loaded': ('tables.html#_loaded', 'adaptive_at/tables.py'),
+                                    'adaptive_at.tables._note': ('tables.html#_note', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._of': ('tables.html#_of', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._processes': ('tables.html#_processes', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._train': ('tables.html#_train', 'adaptive_at/tables.py'),

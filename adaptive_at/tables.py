@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .attacks import PGD
-from .core import Busy, UserError, locked, replacing, slug
+from .core import Busy, UserError, digest, locked, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import number, styled, tidy
 from .launch import Job, in_stages, on_ray
@@ -255,6 +255,7 @@ def _skipped(self:Results, name: str) -> str:
     return f'{name}: not asked for ({"dry run" if self.plan.parameters.dry_run else "figures is " + repr(self.plan.parameters.figures)})'
 
 
+
 # %% ../nbs/90_tables.ipynb #fe4d327b
 def shrunken_margins(
     results: Results,
@@ -369,12 +370,19 @@ def execute(
     took = time.time() - began
     results = Results(plan)
     if done['trained'] + done['evaluated'] and expected: results.estimated = f'{spoken(took)}, estimated {spoken(expected)} ({took / expected - 1:+.0%})'
+    _note(plan)
     results.write()
     _clear_lines()
     runs = {run.id: run for b in plan.blocks for seeds in b.runs.values() for run in seeds}.values()
     there, spoilt, cells = sum(map(plan.store.finished, runs)), sum(map(plan.diverged, runs)), sum(map(bool, chain(*results.cells.values())))
     report(f"{there - done['trained']} runs from the store{f' ({spoilt} diverged)' if spoilt else ''}, {done['trained']} trained; {cells - done['evaluated']} evaluations from the store, {done['evaluated']} made; {results.estimated or spoken(took)}")
     return results
+
+
+def _note(plan: Plan) -> None:
+    "Write the ids of the runs that this command needs, those of its figures too: `runs prune` keeps them."
+    ids = dict.fromkeys(run.id for b in plan.blocks for runs in b.runs.values() for run in runs)
+    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', '\n'.join(['run', *ids, '']))
 
 
 def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:
@@ -437,6 +445,7 @@ def _processes(plan: Plan, run: Run) -> int:
 
 def _train(plan: Plan, block: Block, row: str, run: Run, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
+    _note(plan)   # the command may never come to its end
     label, processes = f'{row}, seed {run.seed}' if run.seed else row, _processes(plan, run)
     if processes < plan.parameters.gpus_per_run: tell(f'{label}: trained by one process, since {undivided(run)}')
     with suppress(Busy):
