@@ -33,7 +33,8 @@ class CrossingPGD(PGD):
 
     def length(self, eps: Tensor) -> Tensor:
         "Each example's step size, shaped as `eps`."
-        return (self.crossings * 2 * eps / self.steps).clamp(min=self.alpha)
+        crossing = self.crossings * 2 * eps / self.steps
+        return torch.maximum(crossing, eps) if self.alpha is None else crossing.clamp(min=self.alpha)
 
 # %% ../nbs/62_iaat.ipynb #bcb810f6
 def other_class(

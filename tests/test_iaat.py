@@ -286,6 +286,14 @@ def test_step_sizes():
     assert close(CrossingPGD(1., 30).length(eps), tensor(1., 1., 1., 1., 1., 16/15, 4/3))    # max(1, eps/15)
 
 
+def test_without_a_step_size_the_step_is_the_radius_or_longer():
+    "As of PGD, whose default it is."
+    eps = tensor(0., 4., 8.)
+    assert close(CrossingPGD().length(eps), eps) and close(CrossingPGD(steps=1).length(eps), 2 * eps)
+    model, x, y = wavy(15)
+    assert torch.equal(CrossingPGD()(model, x, y, 0.1, noise(15)), PGD()(model, x, y, 0.1, noise(15)))
+
+
 def test_growing_steps_are_pgd_with_that_step():
     n = 15
     model, x, y = wavy(n)
