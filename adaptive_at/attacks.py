@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones, one_of
+from .core import Milestones, at_least, one_of
 from .networks import MODES, folded, in_mode
 from .streams import Noise, joined, key
 
@@ -99,7 +99,9 @@ class PGD:
     success: str = 'last'                 # or 'any'
     look: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
 
-    def __post_init__(self): one_of(self, mode=MODES, success=('last', 'any'))
+    def __post_init__(self):
+        one_of(self, mode=MODES, success=('last', 'any'))
+        at_least(self, alpha=0., steps=1)
 
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
@@ -151,6 +153,11 @@ class FriendlyPGD(PGD):
     "PGD that stops `tau` steps after the first misclassification (Zhang et al., 2020)."
     tau: int|Milestones = 0  # steps an example may go on once misclassified
     omega: float = 0.        # scale of the normal noise added in each step
+
+    def __post_init__(self):
+        one_of(self, success=('last',))
+        super().__post_init__()
+        at_least(self, tau=0, omega=0.)
 
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; examples keep their places."

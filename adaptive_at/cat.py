@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
 from .attacks import CleanStart, PGD
-from .core import Milestones, UserError, one_of
+from .core import Milestones, UserError, at_least, one_of
 from .methods import Method, Training, unit
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
@@ -34,6 +34,7 @@ class CAT(RadiusRule):
 
     def __post_init__(self):
         one_of(self, outcome=OUTCOMES, grown_by=('rule', 'attack'), capped=('before', 'after'))
+        at_least(self, eta=0.)
 
     def bank(self, setting, key=0): return Bank(setting.n, 0., setting.device)
 
@@ -172,6 +173,11 @@ class CATAttack(PGD):
     "PGD in a ball that is eta larger than the radius it is given (CAT Alg. 1: the label comes before the growth)."
     eta: float = 0.005
     cap: float|None = None  # but never larger than this
+
+    def __post_init__(self):
+        one_of(self, success=('last',))
+        super().__post_init__()
+        at_least(self, eta=0., cap=0.)
 
     def __call__(self, model, x, label, eps, noise=None):
         "Attack a batch with customised labels; the result is within min(eps + eta, cap)."

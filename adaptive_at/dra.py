@@ -15,7 +15,7 @@ import math
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import CrossEntropy, KL, NormalStart, PGD, gradient, per_example
-from .core import Milestones, Ramp, UserError, one_of, unhashed
+from .core import Milestones, Ramp, UserError, at_least, one_of, unhashed
 from .methods import Method, Training, at, trades, unit
 from .networks import MODES, Classifier, Network, fingerprint, in_mode
 from .objectives import AdversarialCE
@@ -74,6 +74,7 @@ class DRA:
     def __post_init__(self):
         if not 0 <= self.p <= 1: raise UserError(f'DRA: p is {self.p}; it is a share of the pixels, from 0 to 1.')
         one_of(self, rank=('last', 'end'), mode=MODES)
+        at_least(self, steps=1)
 
     def distance(self, change: Tensor) -> Tensor:
         "What eps is the most of: the mean change of a value [B]."

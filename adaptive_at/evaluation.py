@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 from .attacks import CrossEntropy, PGD, gradient, restarted
-from .core import UserError, digest
+from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
 from .networks import fingerprint, folded, frozen, in_mode
 from .streams import Noise, key
@@ -90,6 +90,10 @@ class WhiteBox(Column):
     restarts: int = 1
     part: str = 'test'   # or 'train'
 
+    def __post_init__(self):
+        one_of(self, part=('test', 'train'))
+        at_least(self, restarts=1)
+
     @property
     def steps(self): return getattr(self.attack, 'passes', self.attack.steps) * self.restarts
 
@@ -106,6 +110,9 @@ class Transfer(Column):
     eps: float
     surrogate: str = ''  # the row whose model is attacked
     restarts: int = 1
+
+    def __post_init__(self):
+        at_least(self, restarts=1)
 
     @property
     def steps(self): return self.attack.steps * self.restarts
@@ -149,6 +156,9 @@ class AutoAttack(Column):
     batch_size: int = 200
 
     steps = 2000  # about: APGD 100 and 9 x 100, FAB 9 x 100; Square's 5000 queries are forward passes
+
+    def __post_init__(self):
+        at_least(self, limit=0, batch_size=1)
 
     @property
     def library(self): return f"pyautoattack {version('pyautoattack')}"

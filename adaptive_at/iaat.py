@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import PGD, project
-from .core import Milestones, Ramp, one_of
+from .core import Milestones, Ramp, at_least, one_of
 from .datasets import Batch
 from .methods import Method, Training, unit
 from .networks import in_mode
@@ -92,6 +92,7 @@ class IAAT(RadiusRule):
 
     def __post_init__(self):
         one_of(self, misclassified=('released', 'printed'))
+        at_least(self, gamma=0., beta=0., least=0.)
 
     def bank(self, setting, key=0):
         "Without warm-up, memories start from 0."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 from torch import nn, Tensor
 from .attacks import CleanStart, FriendlyPGD, KL, NoAttack, NormalStart, PGD, UniformStart
-from .core import Milestones
+from .core import Milestones, at_least, one_of
 from .objectives import AdversarialCE, MART, TRADES
 from .radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule
 
@@ -116,7 +116,11 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 2e-4
     schedule: Milestones|OneCycle = Milestones(at=(0.75, 0.90), values=(1., 0.1, 0.01))  # TRADES, MART: factor 0.1 at 75 and 90 of 100
-    precision: str = 'fp32'
+    precision: str = 'fp32'   # or 'bf16'
+
+    def __post_init__(self):
+        one_of(self, precision=('fp32', 'bf16'))
+        at_least(self, epochs=1, batch=1, lr=0., momentum=0., weight_decay=0.)
 
     def lr_at(self, epoch: float) -> float:
         "Learning rate after `epoch` epochs (a real number inside one)."

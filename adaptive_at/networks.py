@@ -21,7 +21,7 @@ import hashlib
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
-from .core import UserError
+from .core import UserError, at_least
 
 # %% ../nbs/20_networks.ipynb #6211cbc0
 class Classifier(nn.Module):
@@ -220,6 +220,8 @@ class NarrowResNet(Network):
     strides: tuple[int, ...] = (1, 2, 2) # one block per stage
     threads = 1  # a small network gains nothing from more, and two rows may train side by side
 
+    def __post_init__(self): at_least(self, width_factor=1, strides=1)
+
     @property
     def label(self):
         told = [f'width {self.width_factor}'] * (self.width_factor != 16) + ['early stride'] * (self.strides[0] > 1)
@@ -277,6 +279,7 @@ class WideResNet(Network):
     width_factor: int = 10  # k
 
     def __post_init__(self):
+        at_least(self, depth=8, width_factor=1)
         if self.depth % 6 not in (2, 4): raise ValueError(f'a WideResNet has depth 6n+2 or 6n+4, not {self.depth}')
 
     @property
@@ -380,6 +383,8 @@ class MNISTCNN(Network):
     padding: int = 2
     dropout: float = 0.     # of the last maps' channels and of the hidden units
     threads = 1
+
+    def __post_init__(self): at_least(self, filters=1, hidden=1)
 
     @property
     def label(self):

@@ -10,7 +10,7 @@ __all__ = ['FLOOR', 'Bank', 'Setting', 'RadiusRule', 'Fixed', 'overstep', 'scale
 from dataclasses import dataclass, field
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones, one_of
+from .core import Milestones, at_least, one_of
 from .datasets import Batch
 from .networks import Classifier, in_mode
 
@@ -136,7 +136,9 @@ class Calibrated(RadiusRule):
     calibration: str = 'detach'      # or 'bn_train', 'joint', 'joint_bn_train'
     passes = 1                       # two forward passes, and the head's step
 
-    def __post_init__(self): one_of(self, calibration=('detach', 'bn_train', 'joint', 'joint_bn_train'))
+    def __post_init__(self):
+        one_of(self, calibration=('detach', 'bn_train', 'joint', 'joint_bn_train'))
+        at_least(self, rho=0., tau=1e-6)
 
     def moved(self, eps: Tensor, s: Tensor) -> Tensor:
         "New radii from the old ones and the oversteps, both [B]."
@@ -177,6 +179,7 @@ class DAAT(Calibrated):
     def __post_init__(self):
         super().__post_init__()
         one_of(self, growth=('reset', 'clipped'))
+        at_least(self, cap=0.)
 
     def moved(self, eps, s):
         cap = self.cap * self.eps

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .attacks import CleanStart, KL, NormalStart, PGD, UniformStart, gradient, per_example
-from .core import Milestones
+from .core import Milestones, at_least, one_of
 from .datasets import Augment
 from .methods import Method, Training, WeightPerturbation, unit
-from .networks import folded, in_mode
+from .networks import MODES, folded, in_mode
 from .objectives import AdversarialCE, TRADES
 from .radius import Fixed
 from .streams import Noise, key
@@ -40,6 +40,10 @@ class StrengthAdaptivePGD(PGD):
     full: float = 0.                  # radius of the PGD that comes first, on the [0,1] scale
     stages: tuple[float, ...] = ()    # radius of each stage, likewise
     K: int = 3                        # steps per stage
+
+    def __post_init__(self):
+        one_of(self, mode=MODES, success=('last',))
+        at_least(self, alpha=0., steps=0, full=0., stages=0., K=0)
 
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `eps` caps every stage."

@@ -1,20 +1,23 @@
 "Methods and their published constants, and fingerprints that notice a changed recipe."
-import copy, json
+import copy, json, math
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
-from adaptive_at.cat import CAT, cat
+from adaptive_at.cat import CAT, CATAttack, cat
 from adaptive_at.core import Milestones, UserError, describe, in_epoch
 from adaptive_at.datasets import Augment
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.dra import DRA
-from adaptive_at.iaat import iaat
+from adaptive_at.evaluation import AutoAttack, Transfer, WhiteBox
+from adaptive_at.iaat import IAAT, iaat
 from adaptive_at.methods import (DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit)
+from adaptive_at.networks import MNISTCNN, NarrowResNet, WideResNet
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
+from adaptive_at.saat import StrengthAdaptivePGD
 from adaptive_at.training import Monitor
 
 EPS = 0.031
@@ -71,6 +74,9 @@ CHOICES = {
     "CAT: outcome": (lambda x: cat(EPS, outcome=x), "'reset', 'minus_eta', 'v0' or 'v2'"), "CAT: grown_by": (lambda x: CAT(EPS, grown_by=x), "'rule' or 'attack'"),
     "CAT: capped": (lambda x: cat(EPS, capped=x), "'before' or 'after'"),
     "cat: label": (lambda x: cat(EPS, label=x), "'before' or 'after'"), "cat: hinge": (lambda x: cat(EPS, hinge=x), "'mean' or 'eps'"),
+    "FriendlyPGD: success": (lambda x: FriendlyPGD(success=x), "'last'"), "StrengthAdaptivePGD: success": (lambda x: StrengthAdaptivePGD(success=x), "'last'"),
+    "CATAttack: success": (lambda x: CATAttack(success=x), "'last'"),
+    "Training: precision": (lambda x: Training(precision=x), "'fp32' or 'bf16'"), "WhiteBox: part": (lambda x: WhiteBox(PGD(), EPS, part=x), "'test' or 'train'"),
     "Augment: pad": (lambda x: Augment(pad=x), "'zeros' or 'reflect'"),
     "Monitor: select": (lambda x: Monitor(PGD(), EPS, select=x), "'test' or 'val'"),
 }
@@ -83,6 +89,46 @@ def test_a_misspelt_choice_is_refused(choice):
     with pytest.raises(UserError) as e: make("paper")
     assert str(e.value) == f"{choice} is 'paper'; it must be {options}."
     for option in options.replace(" or ", ", ").split(", "): make(option.strip("'"))   # and those it names are not
+
+
+@pytest.mark.parametrize("attack", [FriendlyPGD, StrengthAdaptivePGD, CATAttack])
+def test_an_attack_that_has_but_one_success_refuses_the_other(attack):
+    with pytest.raises(UserError, match=f"{attack.__name__}: success is 'any'; it must be 'last'."): attack(success="any")
+
+
+STEPPED = Milestones(at=(0.5,), values=(0.1, -1.))
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda: PGD(0.1, 0), "PGD: steps is 0; it must be a whole number from 1 on."), (lambda: PGD(0.1, 2.5), "PGD: steps is 2.5; it must be a whole number from 1 on."),
+    (lambda: PGD(-0.1, 10), "PGD: alpha is -0.1; it must be a number from 0 on."), (lambda: at(EPS, alpha="tiny"), "PGD: alpha is 'tiny'; it must be a number from 0 on."),
+    (lambda: PGD(steps=None), "PGD: steps is None; it must be a whole number from 1 on."), (lambda: replace(iaat(EPS).attack, steps=0), "CrossingPGD: steps is 0; it must be a whole number from 1 on."),
+    (lambda: FriendlyPGD(tau=-1), "FriendlyPGD: tau is -1; it must be a whole number from 0 on."), (lambda: FriendlyPGD(omega=-1.), "FriendlyPGD: omega is -1.0; it must be a number from 0 on."),
+    (lambda: FriendlyPGD(tau=Milestones((0.5,), (0, 0.5))), "FriendlyPGD: tau is 0.5; it must be a whole number from 0 on."),
+    (lambda: StrengthAdaptivePGD(K=-1), "StrengthAdaptivePGD: K is -1; it must be a whole number from 0 on."), (lambda: StrengthAdaptivePGD(stages=(0.1, -0.1)), "StrengthAdaptivePGD: stages is -0.1; it must be a number from 0 on."),
+    (lambda: CATAttack(eta=-0.1), "CATAttack: eta is -0.1; it must be a number from 0 on."), (lambda: CATAttack(cap=-0.1), "CATAttack: cap is -0.1; it must be a number from 0 on."),
+    (lambda: DRA(steps=0), "DRA: steps is 0; it must be a whole number from 1 on."),
+    (lambda: daat(EPS, rho=-1., tau=0), "DAAT: rho is -1.0; it must be a number from 0 on."), (lambda: daat(EPS, rho=STEPPED), "DAAT: rho is -1.0; it must be a number from 0 on."),
+    (lambda: daat(EPS, tau=0, rule=LinearDAAT), "LinearDAAT: tau is 0; it must be a number from 1e-06 on."), (lambda: daat(EPS, cap=-1.), "DAAT: cap is -1.0; it must be a number from 0 on."),
+    (lambda: IAAT(EPS, PGD(), -1.), "IAAT: gamma is -1.0; it must be a number from 0 on."), (lambda: iaat(EPS, beta=-0.1), "IAAT: beta is -20.0; it must be a number from 0 on."),
+    (lambda: CAT(EPS, eta=-1.), "CAT: eta is -1.0; it must be a number from 0 on."),
+    (lambda: Training(epochs=0), "Training: epochs is 0; it must be a whole number from 1 on."), (lambda: Training(epochs=1.5), "Training: epochs is 1.5; it must be a whole number from 1 on."),
+    (lambda: Training(batch=0), "Training: batch is 0; it must be a whole number from 1 on."), (lambda: Training(lr="x"), "Training: lr is 'x'; it must be a number from 0 on."),
+    (lambda: Training(lr=math.nan), "Training: lr is nan; it must be a number from 0 on."), (lambda: Training(weight_decay=-1.), "Training: weight_decay is -1.0; it must be a number from 0 on."),
+    (lambda: NarrowResNet(width_factor=0), "NarrowResNet: width_factor is 0; it must be a whole number from 1 on."), (lambda: NarrowResNet(strides=(1, 0)), "NarrowResNet: strides is 0; it must be a whole number from 1 on."),
+    (lambda: WideResNet(width_factor=2.5), "WideResNet: width_factor is 2.5; it must be a whole number from 1 on."), (lambda: WideResNet(depth=2), "WideResNet: depth is 2; it must be a whole number from 8 on."),
+    (lambda: MNISTCNN(filters=(16, 0)), "MNISTCNN: filters is 0; it must be a whole number from 1 on."),
+    (lambda: WhiteBox(PGD(), EPS, 0), "WhiteBox: restarts is 0; it must be a whole number from 1 on."), (lambda: Transfer(PGD(), EPS, restarts=0), "Transfer: restarts is 0; it must be a whole number from 1 on."),
+    (lambda: AutoAttack(EPS, limit=-1), "AutoAttack: limit is -1; it must be a whole number from 0 on."), (lambda: AutoAttack(EPS, batch_size=0), "AutoAttack: batch_size is 0; it must be a whole number from 1 on."),
+], ids=lambda v: v.partition(";")[0] if isinstance(v, str) else "")
+def test_a_number_that_cannot_be_is_refused_at_once(make, sentence):
+    with pytest.raises(UserError) as e: make()
+    assert str(e.value) == sentence
+
+
+def test_numbers_that_can_be_are_not():
+    assert StrengthAdaptivePGD(0.1, 0, K=0, stages=()).steps == 0 and PGD(None).alpha is None and PGD(0., 1).alpha == 0 and CATAttack(cap=None).cap is None
+    assert Training(lr=0.).lr == 0 and daat(EPS, rho=0., tau=1).tau == 1
 
 
 @pytest.mark.parametrize("name", BASELINES)
