@@ -7,7 +7,7 @@ __all__ = ['FLOOR', 'Bank', 'Setting', 'RadiusRule', 'Fixed', 'overstep', 'scale
            'LinearDAAT', 'PiecewiseDAAT']
 
 # %% ../nbs/40_radius.ipynb #b2ef094b
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import Milestones, at_least, one_of
