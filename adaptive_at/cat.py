@@ -206,7 +206,7 @@ def cat(
     if label not in ('before', 'after'): raise UserError(f"cat: label is {label!r}; it must be 'before' or 'after'.")
     if hinge not in ('mean', 'eps'): raise UserError(f"cat: hinge is {hinge!r}; it must be 'mean' or 'eps'.")
     c, eta, alpha = unit(c, PRINTED, at=eps), unit(eta, eps, at=PRINTED), unit(alpha, eps, at=PRINTED)
-    most = eps if cap is None else unit(cap, eps, at=PRINTED)
+    most = eps if cap is None else min(1., unit(cap, eps, at=PRINTED))  # the images' box is no wider
     rule = CAT(most, eta, outcome, 'attack' if label == 'before' else 'rule', capped)
     loss = MixedLoss(kappa) if mixed else SmoothedCrossEntropy()
     attack = CATAttack(alpha, steps, loss, CleanStart(), eta=eta, cap=most if capped == 'before' else None) if label == 'before' else PGD(alpha, steps, loss, CleanStart())

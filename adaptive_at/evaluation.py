@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 import torch
 from torch import nn, Tensor
-from .attacks import CrossEntropy, PGD, gradient, restarted
+from .attacks import CrossEntropy, PGD, gradient, on_scale, restarted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
 from .networks import fingerprint, folded, frozen, in_mode
@@ -91,6 +91,7 @@ class WhiteBox(Column):
     part: str = 'test'   # or 'train'
 
     def __post_init__(self):
+        on_scale(self.eps, self.attack)
         one_of(self, part=('test', 'train'))
         at_least(self, restarts=1)
 
@@ -112,6 +113,7 @@ class Transfer(Column):
     restarts: int = 1
 
     def __post_init__(self):
+        on_scale(self.eps, self.attack)
         at_least(self, restarts=1)
 
     @property
@@ -158,6 +160,7 @@ class AutoAttack(Column):
     steps = 2000  # about: APGD 100 and 9 x 100, FAB 9 x 100; Square's 5000 queries are forward passes
 
     def __post_init__(self):
+        on_scale(self.eps)
         at_least(self, limit=0, batch_size=1)
 
     @property

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 from torch import nn, Tensor
-from .attacks import CleanStart, FriendlyPGD, KL, NoAttack, NormalStart, PGD, UniformStart
-from .core import Milestones, at_least, one_of
+from .attacks import FriendlyPGD, KL, NoAttack, NormalStart, PGD, on_scale
+from .core import Milestones, UserError, at_least, one_of
 from .objectives import AdversarialCE, MART, TRADES
 from .radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule
 
@@ -35,6 +35,10 @@ class Method:
     objective: AdversarialCE
     weights: WeightPerturbation|None = None
 
+    def __post_init__(self):
+        if not isinstance(self.radius, RadiusRule): raise UserError(f'Method: radius is {self.radius!r}; it must be a radius rule, such as daat(eps) or Fixed(eps).')
+        on_scale(self.radius.eps, self.attack)
+
     @property
     def updates(self) -> int:
         "Passes of the update, those with gradients of the weights."
@@ -48,6 +52,7 @@ class Method:
 # %% ../nbs/60_methods.ipynb #0c61eb95
 def unit(value: float, eps: float, at: float = 0.031) -> float:
     "`value`, published for radius `at`, in proportion for radius `eps`."
+    for radius in (eps, at): on_scale(radius)
     return value * (eps / at)
 
 # %% ../nbs/60_methods.ipynb #7d1a22b7
@@ -63,23 +68,23 @@ def at(
     alpha: float|None = None      # step size; None: 0.007 in proportion to eps 0.031
 ) -> Method:
     "Standard adversarial training: PGD on the cross-entropy from a uniform start, batch norm in eval mode (Madry et al., 2018, at the DAAT family's settings)."
-    return Method(radius or Fixed(eps), PGD(alpha or unit(0.007, eps), steps), AdversarialCE())
+    return Method(Fixed(eps) if radius is None else radius, PGD(unit(0.007, eps) if alpha is None else alpha, steps), AdversarialCE())
 
 
 def fat(eps: float, radius: RadiusRule|None = None, steps: int = 10) -> Method:
     "Friendly adversarial training: early-stopped PGD, tau 0, 1, 2 over 120 epochs (Zhang et al., 2020; zjfheart/Friendly-Adversarial-Training, FAT.py)."
     tau = Milestones(at=(51/120, 91/120), values=(0, 1, 2))
-    return Method(radius or Fixed(eps), FriendlyPGD(unit(0.007, eps), steps, tau=tau, omega=unit(0.001, eps)), AdversarialCE())
+    return Method(Fixed(eps) if radius is None else radius, FriendlyPGD(unit(0.007, eps), steps, tau=tau, omega=unit(0.001, eps)), AdversarialCE())
 
 
 def trades(eps: float, radius: RadiusRule|None = None, beta: float = 6., steps: int = 10) -> Method:
     "TRADES: the attack climbs the KL term from a small normal start (Zhang et al., 2019; yaodongyu/TRADES)."
-    return Method(radius or Fixed(eps), PGD(unit(0.007, eps), steps, KL(), NormalStart(unit(0.001, eps))), TRADES(beta))
+    return Method(Fixed(eps) if radius is None else radius, PGD(unit(0.007, eps), steps, KL(), NormalStart(unit(0.001, eps))), TRADES(beta))
 
 
 def mart(eps: float, radius: RadiusRule|None = None, beta: float = 5., steps: int = 10) -> Method:
     "MART: cross-entropy attack from a small normal start (Wang et al., 2020; YisenWang/MART; beta 5 in its ResNet-18 script)."
-    return Method(radius or Fixed(eps), PGD(unit(0.007, eps), steps, start=NormalStart(unit(0.001, eps))), MART(beta))
+    return Method(Fixed(eps) if radius is None else radius, PGD(unit(0.007, eps), steps, start=NormalStart(unit(0.001, eps))), MART(beta))
 
 # %% ../nbs/60_methods.ipynb #a79c96e8
 DYNAMIC_RHO = Milestones(at=(0.75, 0.90), values=(0.05, 0.2, 0.3))  # DAAT section 6.1: epochs 75 and 90 of 100

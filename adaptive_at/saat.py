@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .attacks import CleanStart, KL, NormalStart, PGD, UniformStart, gradient, per_example
+from .attacks import CleanStart, KL, NormalStart, PGD, gradient, per_example
 from .core import Milestones, at_least, one_of
 from .datasets import Augment
 from .methods import Method, Training, WeightPerturbation, unit

@@ -164,7 +164,7 @@ def test_the_parameters_reach_the_rows(tmp_path):
     assert run_of(told, "Ours").method == dra_finetune(0.05, 0.5, factor=2.) and run_of(told, "Trades(1/lambda=0.05)").method.radius.eps == 0.05
     assert run_of(digits, "Ours").method == dra_finetune(0.25, factor=1.2) and run_of(block(6, tmp_path, preset="quick"), "p=1").method == dra_finetune_constant(0.25, 1., factor=1.2)
     four = block(4, tmp_path, factor=3.)
-    assert four.columns[attack(2, 4)] == WhiteBox(DRA(4/12), pytest.approx(6/255))
+    assert four.columns[attack(2, 4)].attack == DRA(4/12) and four.columns[attack(2, 4)].eps == pytest.approx(6/255)
     assert run_of(block(2, tmp_path, p=1., factor=2.), "Ours").method == dra_finetune_mnist(0.3, 1., factor=2.)
 
 

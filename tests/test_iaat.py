@@ -142,7 +142,7 @@ def test_the_warm_up_lasts_the_papers_epochs(warmup, epochs, length, warm):
 
 
 def test_without_warm_up_memories_start_from_0_and_grow():
-    method = in_epoch(iaat(8., warmup=0), 0, 200)
+    method = in_epoch(iaat(EIGHT, warmup=0), 0, 200)
     assert not method.radius.warm and method.radius.bank(Setting(3, 2, 1)).eps.tolist() == [0.] * 3
     radii, _, _ = visits(rule(), [[(1, 1, 1)], [(1, 1, 1)]], [0.])
     assert close(radii[:, 0], tensor(0.19, 0.38))

@@ -6,18 +6,18 @@ import pytest
 
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
-from adaptive_at.cat import CAT, CATAttack, cat
-from adaptive_at.core import Milestones, UserError, describe, in_epoch
+from adaptive_at.cat import CAT, CATAttack, adp_adv, adv_ls, cat, cat_v0, cat_v2
+from adaptive_at.core import Milestones, Ramp, UserError, describe, in_epoch
 from adaptive_at.datasets import Augment
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.dra import DRA
+from adaptive_at.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
 from adaptive_at.evaluation import AutoAttack, Transfer, WhiteBox
-from adaptive_at.iaat import IAAT, iaat
+from adaptive_at.iaat import IAAT, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
 from adaptive_at.methods import (DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit)
 from adaptive_at.networks import MNISTCNN, NarrowResNet, WideResNet
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
-from adaptive_at.saat import StrengthAdaptivePGD
+from adaptive_at.saat import StrengthAdaptivePGD, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import Monitor
 
 EPS = 0.031
@@ -96,6 +96,45 @@ def test_an_attack_that_has_but_one_success_refuses_the_other(attack):
     with pytest.raises(UserError, match=f"{attack.__name__}: success is 'any'; it must be 'last'."): attack(success="any")
 
 
+RADII = {
+    "at": at, "at, step given": lambda e: at(e, alpha=0.01), "fat": fat, "trades": trades, "mart": mart, "at, DAAT": lambda e: at(EPS, daat(e)), "at, fixed": lambda e: at(EPS, Fixed(e)),
+    "rice_at": rice_at, "rice_trades": rice_trades, "saat": saat, "saat_down": saat_down, "saat_up": saat_up, "satrades_up": satrades_up,
+    "iaat": iaat, "iaat_baseline": iaat_baseline, "iaat_baseline, step given": lambda e: iaat_baseline(e, 0.01), "mixup_at": mixup_at, "imagenet_iaat": imagenet_iaat, "imagenet_baseline": imagenet_baseline,
+    "cat": cat, "cat_v0": cat_v0, "cat_v2": cat_v2, "adv_ls": adv_ls, "adp_adv": adp_adv,
+    "dra_finetune": dra_finetune, "dra_finetune_constant": dra_finetune_constant, "dra_finetune_mnist": dra_finetune_mnist, "madry_pgd": madry_pgd, "trades_dra": trades_dra,
+    "scheduled": lambda e: Method(Scheduled(Ramp(EPS, e)), PGD(), AdversarialCE()), "in stages": lambda e: Method(Scheduled(Milestones((0.5,), (EPS, e))), PGD(), AdversarialCE()),
+    "WhiteBox": lambda e: WhiteBox(PGD(), e), "Transfer": lambda e: Transfer(PGD(), e), "AutoAttack": AutoAttack,
+}
+
+
+@pytest.mark.parametrize("name", RADII)
+@pytest.mark.parametrize("eps", [8, 8., -0.1, math.nan, "8/255", None])
+def test_a_radius_off_the_scale_is_refused_at_once(name, eps):
+    "8 in place of 8/255 would train and evaluate for days in a ball that holds every image."
+    with pytest.raises(UserError) as e: RADII[name](eps)
+    assert str(e.value) == f"eps is {eps!r}, but radii are on the [0, 1] scale: 8/255 is 0.0314."
+
+
+@pytest.mark.parametrize("name", RADII)
+def test_radii_on_the_scale_are_not(name):
+    for eps in (8/255, 0.3, 1, 1.): RADII[name](eps)
+    if not name.startswith(("cat", "adv_ls")): RADII[name](0.)   # these hold a constant divided by eps
+
+
+def test_a_radius_that_is_not_the_l_inf_balls_may_be_larger():
+    "DRA's is a mean before pixels are left out, times a measured factor; that of SA-PGD is the cap of its stages."
+    assert dra_finetune(0.25, factor=40.).radius.eps.first == 2.5 and WhiteBox(DRA(), 3.).eps == 3 and saat(0.25).radius.eps == 4
+    with pytest.raises(UserError, match="eps is -0.1"): WhiteBox(DRA(), -0.1)
+
+
+@pytest.mark.parametrize("make", [at, fat, trades, mart])
+@pytest.mark.parametrize("radius", [0.5, 0, PGD()])
+def test_what_is_no_radius_rule_is_refused(make, radius):
+    "The second place of a baseline is the rule's, and not the step's or beta's."
+    with pytest.raises(UserError) as e: make(EPS, radius)
+    assert str(e.value) == f"Method: radius is {radius!r}; it must be a radius rule, such as daat(eps) or Fixed(eps)."
+
+
 STEPPED = Milestones(at=(0.5,), values=(0.1, -1.))
 
 
@@ -128,7 +167,7 @@ def test_a_number_that_cannot_be_is_refused_at_once(make, sentence):
 
 def test_numbers_that_can_be_are_not():
     assert StrengthAdaptivePGD(0.1, 0, K=0, stages=()).steps == 0 and PGD(None).alpha is None and PGD(0., 1).alpha == 0 and CATAttack(cap=None).cap is None
-    assert Training(lr=0.).lr == 0 and daat(EPS, rho=0., tau=1).tau == 1
+    assert at(EPS, alpha=0.).attack.alpha == 0. and Training(lr=0.).lr == 0 and daat(EPS, rho=0., tau=1).tau == 1
 
 
 @pytest.mark.parametrize("name", BASELINES)

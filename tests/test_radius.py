@@ -149,6 +149,11 @@ def batch_of(n=6, seed=0, index=None, side=8):
     return Batch(numbers(n, 1, side, side, seed=seed), labels(n, 10, seed), torch.arange(n) if index is None else index)
 
 
+@pytest.mark.parametrize("eps", [0, 1])
+def test_a_radius_that_is_a_whole_number_makes_a_bank_of_real_ones(eps):
+    assert Fixed(eps).bank(Setting(3, 2, 1)).eps.dtype == torch.float32
+
+
 def setting(model, n=6, **changes): return Setting(n, model.classifier.out_features, model.width, **changes)
 
 
