@@ -24,7 +24,7 @@ class Bank:
         eps: float,        # initial radius of all of them, on the [0,1] scale
         device: str|torch.device = 'cpu'
     ):
-        self.eps = torch.full((n,), eps, device=device)   # radius of the next visit [n]
+        self.eps = torch.full((n,), float(eps), device=device)   # radius of the next visit [n]
         self.used = torch.zeros(n, device=device)         # radius of the last visit's attack [n]
         self.realised = torch.zeros(n, device=device)     # max |x' - x| of the last visit's adversary [n]
 
