@@ -191,8 +191,8 @@ def test_each_example_is_attacked_as_if_it_were_alone_with_its_radius(loss):
 # Properties
 
 attacks = st.builds(lambda kind, alpha, steps, loss, start, mode, success, tau, omega:
-                    kind(alpha, steps, loss, start, mode, success, **({"tau": tau, "omega": omega} if kind is FriendlyPGD else {})),
-                    st.sampled_from([PGD, FriendlyPGD]), st.none() | st.floats(1e-4, 1.5), st.integers(0, 4), st.sampled_from(LOSSES), st.sampled_from(STARTS),
+                    FriendlyPGD(alpha, steps, loss, start, mode, tau=tau, omega=omega) if kind is FriendlyPGD else PGD(alpha, steps, loss, start, mode, success),
+                    st.sampled_from([PGD, FriendlyPGD]), st.none() | st.floats(1e-4, 1.5), st.integers(1, 4), st.sampled_from(LOSSES), st.sampled_from(STARTS),
                     st.sampled_from(["eval", "train"]), st.sampled_from(["last", "any"]), st.integers(0, 2), st.sampled_from([0., 0.01, 1.]))
 radii = st.lists(st.sampled_from([0., 1e-8, 1e-5, 0.031, 1.]) | st.floats(0, 2, width=32), min_size=1, max_size=6)
 shapes = st.sampled_from([(1, 1, 1), (1, 4, 3), (3, 5, 5)])
