@@ -223,7 +223,7 @@ def test_a_papermill_kernel_is_killed(whole, tmp_path):
 def test_a_truncated_checkpoint_is_set_aside(small, tmp_path, capsys):
     folder, _, results = small
     outputs, log = tmp_path/"outputs", tmp_path/"log"
-    child = process(log, outputs, SMALL, kill_at=9)
+    child = process(log, outputs, SMALL, kill_at=10)
     child.join()
     last, = outputs.rglob("last.pt")
     assert 2 < torch.load(last, weights_only=True)["epoch"] < 4
