@@ -110,8 +110,9 @@ def sources(
     if qualified(obj) in seen or not _is_foreign(obj): return seen
     seen[qualified(obj)] = text = normalised(obj)
     for base in getattr(obj, '__bases__', ()): sources(base, seen)
-    scope, outer = (vars(sys.modules[obj.__module__]) if obj.__module__ in sys.modules else {}) | _closed_over(obj), _outer(symtable(text, '', 'exec'))
-    used = {ast.unparse(node): _meant(node, {name: scope.get(name) for name in outer}) for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Name, ast.Attribute))}
+    around = (vars(sys.modules[obj.__module__]) if obj.__module__ in sys.modules else {}) | _closed_over(obj)
+    scope = {name: around.get(name) for name in _outer(symtable(text, '', 'exec'))}
+    used = {ast.unparse(node): _meant(node, scope) for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Name, ast.Attribute))}
     for name in sorted(used): _note(f'{obj.__module__}.{name}', used[name], seen)
     return seen
 
@@ -140,7 +141,9 @@ def _meant(node: ast.AST, scope: dict[str, Any]) -> Any:
 def _note(name: str, used: Any, seen: dict[str, str]) -> None:
     "Add what a name stands for: of classes and functions the source, of constants the value."
     used = inspect.unwrap(used) if callable(used) else used
-    if isinstance(used, type) or inspect.isfunction(used): sources(used, seen)
+    if isinstance(used, type) or inspect.isfunction(used):
+        sources(used, seen)
+        if _is_foreign(used): seen |= {f'{name}.{n}': repr(v) for n, v in _closed_over(used).items() if isinstance(v, (bool, int, float, str))}   # two closures of one function share a source
     elif inspect.ismethod(used): _note(name, (used.__self__, used.__func__), seen)
     elif isinstance(used, partial): _note(name, (used.func, used.args, used.keywords), seen)
     elif isinstance(used, (tuple, list, set, frozenset, dict)):

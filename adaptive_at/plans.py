@@ -232,7 +232,7 @@ class Plan:
         "Has the table all that a figure needs? A reader may have taken rows and columns out."
         need = self.table.figures.get(figure, Needs())
         gone = [*(f'row {r!r}' for r in need.rows if r not in rows), *(f'column {c!r}' for c in need.columns if c not in columns)]
-        if gone and figure in listed(self.parameters.figures): raise UserError(f'figures names {figure!r}, which is drawn from the {gone[0]} that this table does not have; add it or leave the figure out.')
+        if gone and figure.lower() in listed(self.parameters.figures.lower()): raise UserError(f'figures names {figure!r}, which is drawn from the {gone[0]} that this table does not have; add it or leave the figure out.')
         if gone: print(f'{figure} is left out: it is drawn from the {gone[0]}, which this table does not have.')
         return not gone
 

@@ -60,7 +60,7 @@ def kept(x): return x + 1
 def made(step):
     def move(x): return x + step
     return move
-MOVE = made(1)
+MOVE, MORE = made(1), made(5)
 
 @dataclass(frozen=True)
 class Constant:
@@ -90,7 +90,7 @@ def recorded(tmp_path, monkeypatch, name, uses, edit=("", ""), theirs="def f(x):
 
 @pytest.mark.parametrize("uses, edit", [
     ("x * LIST[1]", ("LIST, TABLE, WEIGHTS, scale = [1, 2]", "LIST, TABLE, WEIGHTS, scale = [1, 3]")), ("x * TABLE['a'][0]", ("0.5", "0.6")), ("x * WEIGHTS", ("[1., 2.]", "[1., 3.]")), ("LESS(x)", ("by=4", "by=8")),
-    ("LESS(x)", ("x / by", "x / by + 1")), ("kept(x)", ("x + 1", "x + 2")), ("MOVE(x)", ("made(1)", "made(2)")), ("ONE.by * x", ("Constant()", "Constant(2.)"))])
+    ("LESS(x)", ("x / by", "x / by + 1")), ("kept(x)", ("x + 1", "x + 2")), ("MOVE(x)", ("made(1)", "made(2)")), ("MORE(MOVE(x))", ("made(1)", "made(2)")), ("ONE.by * x", ("Constant()", "Constant(2.)"))])
 def test_what_a_rule_uses_is_part_of_its_identity(tmp_path, monkeypatch, uses, edit):
     before = recorded(tmp_path, monkeypatch, "before", uses)
     assert before != recorded(tmp_path, monkeypatch, "after", uses, edit)
