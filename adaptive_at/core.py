@@ -151,7 +151,7 @@ def _note(name: str, used: Any, seen: dict[str, str]) -> None:
         for i, each in enumerate(items): _note(f'{name}[{i}]', each, seen)
     elif isinstance(used, (bool, int, float, str)): seen[name] = repr(used)
     elif hasattr(used, 'tolist'): seen[name] = hashlib.sha256(repr(used.tolist()).encode()).hexdigest()   # a tensor or an array
-    elif dataclasses.is_dataclass(used): seen[name] = digest(used)
+    elif dataclasses.is_dataclass(used): seen[name] = json.dumps(describe(used), sort_keys=True)
     elif not inspect.ismodule(used) and _is_foreign(type(used)):
         raise SourceUnknown(f'{name} is a {type(used).__name__}, whose state could change without a trace, so the runs that use it are not stored; make it a number, a tuple, a function or a dataclass.')
 
