@@ -12,6 +12,7 @@ __all__ = ['PRINTED', 'FINE_TUNED', 'CLEAN', 'FINE_TUNE', 'FINE_TUNE_MNIST', 'MN
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import math
+from numbers import Real
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import CrossEntropy, KL, NormalStart, PGD, gradient, per_example
@@ -72,7 +73,7 @@ class DRA:
     source: Source|None = None             # None: the network that is being trained
 
     def __post_init__(self):
-        if not 0 <= self.p <= 1: raise UserError(f'DRA: p is {self.p}; it is a share of the pixels, from 0 to 1.')
+        if not (isinstance(self.p, Real) and 0 <= self.p <= 1): raise UserError(f'DRA: p is {self.p!r}; it is a share of the pixels, from 0 to 1.')
         one_of(self, rank=('last', 'end'), mode=MODES)
         at_least(self, steps=1)
 

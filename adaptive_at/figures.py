@@ -26,7 +26,7 @@ GREY = '0.55'
 def look():
     "Draw in the package's style."
     style = sns.axes_style('ticks', {'axes.grid': True, 'grid.color': '0.92', 'axes.edgecolor': '0.6', 'axes.axisbelow': True})
-    with plt.rc_context({**style, **sns.plotting_context('notebook', font_scale=0.85), 'axes.prop_cycle': plt.cycler(color=PALETTE), 'figure.dpi': 100, 'savefig.dpi': 160,
+    with plt.rc_context({**style, **sns.plotting_context('notebook', font_scale=0.85), 'axes.prop_cycle': plt.cycler(color=PALETTE), 'figure.dpi': 100,
                          'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'axes.titlesize': 'medium'}):
         yield
 

@@ -53,6 +53,7 @@ class Method:
 def unit(value: float, eps: float, at: float = 0.031) -> float:
     "`value`, published for radius `at`, in proportion for radius `eps`."
     for radius in (eps, at): on_scale(radius)
+    if at == 0: raise UserError('eps is 0, but a published constant is kept as a ratio to it; training at radius 0 is natural().')
     return value * (eps / at)
 
 # %% ../nbs/60_methods.ipynb #7d1a22b7

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
-from .attacks import PGD, restarted
-from .core import UserError, digest, in_epoch, one_of, slug
+from .attacks import PGD, on_scale, restarted
+from .core import UserError, at_least, digest, in_epoch, one_of, slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
 from .methods import Method, Training
 from .networks import Classifier, Network, in_mode
@@ -32,7 +32,10 @@ class Monitor:
     every: int = 1          # epochs; the last one is always measured
     select: str = 'test'    # the part whose robust accuracy decides: 'val' where there is one; Rice, AWP and SAAT select on 'test'
 
-    def __post_init__(self): one_of(self, select=('test', 'val'))
+    def __post_init__(self):
+        on_scale(self.eps, self.attack)
+        one_of(self, select=('test', 'val'))
+        at_least(self, examples=0, every=1)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,9 @@ RADII = {
     "cat": cat, "cat_v0": cat_v0, "cat_v2": cat_v2, "adv_ls": adv_ls, "adp_adv": adp_adv,
     "dra_finetune": dra_finetune, "dra_finetune_constant": dra_finetune_constant, "dra_finetune_mnist": dra_finetune_mnist, "madry_pgd": madry_pgd, "trades_dra": trades_dra,
     "scheduled": lambda e: Method(Scheduled(Ramp(EPS, e)), PGD(), AdversarialCE()), "in stages": lambda e: Method(Scheduled(Milestones((0.5,), (EPS, e))), PGD(), AdversarialCE()),
-    "WhiteBox": lambda e: WhiteBox(PGD(), e), "Transfer": lambda e: Transfer(PGD(), e), "AutoAttack": AutoAttack,
+    "WhiteBox": lambda e: WhiteBox(PGD(), e), "Transfer": lambda e: Transfer(PGD(), e), "AutoAttack": AutoAttack, "Monitor": lambda e: Monitor(PGD(), e),
 }
+RATIOS = "cat", "adv_ls"
 
 
 @pytest.mark.parametrize("name", RADII)
@@ -118,7 +119,12 @@ def test_a_radius_off_the_scale_is_refused_at_once(name, eps):
 @pytest.mark.parametrize("name", RADII)
 def test_radii_on_the_scale_are_not(name):
     for eps in (8/255, 0.3, 1, 1.): RADII[name](eps)
-    if not name.startswith(("cat", "adv_ls")): RADII[name](0.)   # these hold a constant divided by eps
+    if not name.startswith(RATIOS): RADII[name](0.)
+
+
+@pytest.mark.parametrize("name", [name for name in RADII if name.startswith(RATIOS)])
+def test_a_method_whose_constant_is_a_ratio_to_its_radius_refuses_none(name):
+    with pytest.raises(UserError, match="eps is 0, but a published constant"): RADII[name](0.)
 
 
 def test_a_radius_that_is_not_the_l_inf_balls_may_be_larger():
@@ -146,7 +152,8 @@ STEPPED = Milestones(at=(0.5,), values=(0.1, -1.))
     (lambda: FriendlyPGD(tau=Milestones((0.5,), (0, 0.5))), "FriendlyPGD: tau is 0.5; it must be a whole number from 0 on."),
     (lambda: StrengthAdaptivePGD(K=-1), "StrengthAdaptivePGD: K is -1; it must be a whole number from 0 on."), (lambda: StrengthAdaptivePGD(stages=(0.1, -0.1)), "StrengthAdaptivePGD: stages is -0.1; it must be a number from 0 on."),
     (lambda: CATAttack(eta=-0.1), "CATAttack: eta is -0.1; it must be a number from 0 on."), (lambda: CATAttack(cap=-0.1), "CATAttack: cap is -0.1; it must be a number from 0 on."),
-    (lambda: DRA(steps=0), "DRA: steps is 0; it must be a whole number from 1 on."),
+    (lambda: DRA(steps=0), "DRA: steps is 0; it must be a whole number from 1 on."), (lambda: DRA("x"), "DRA: p is 'x'; it is a share of the pixels, from 0 to 1."),
+    (lambda: Monitor(PGD(), EPS, -1), "Monitor: examples is -1; it must be a whole number from 0 on."), (lambda: Monitor(PGD(), EPS, every=0), "Monitor: every is 0; it must be a whole number from 1 on."),
     (lambda: daat(EPS, rho=-1., tau=0), "DAAT: rho is -1.0; it must be a number from 0 on."), (lambda: daat(EPS, rho=STEPPED), "DAAT: rho is -1.0; it must be a number from 0 on."),
     (lambda: daat(EPS, tau=0, rule=LinearDAAT), "LinearDAAT: tau is 0; it must be a number from 1e-06 on."), (lambda: daat(EPS, cap=-1.), "DAAT: cap is -1.0; it must be a number from 0 on."),
     (lambda: IAAT(EPS, PGD(), -1.), "IAAT: gamma is -1.0; it must be a number from 0 on."), (lambda: iaat(EPS, beta=-0.1), "IAAT: beta is -20.0; it must be a number from 0 on."),
