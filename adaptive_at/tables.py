@@ -22,7 +22,7 @@ from .attacks import PGD
 from .core import Busy, UserError, digest, locked, replacing, slug, write_text
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import number, styled, tidy
-from .launch import Job, in_stages, on_ray
+from .launch import Job, on_ray, on_this_machine
 from .networks import network
 from .parallel import launched, undivided
 from .parameters import printed, start
@@ -389,7 +389,7 @@ def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:
     "Do all jobs, where the parameters say."
     session, q = plan.session, plan.parameters
     if q.launcher == 'ray': on_ray(jobs, q.address, session.device.type, plan.store.root, tell)
-    else: in_stages(jobs, session.workers(run for b in plan.blocks for runs in b.runs.values() for run in runs), tell)
+    else: on_this_machine(jobs, session.workers(run for b in plan.blocks for runs in b.runs.values() for run in runs), tell)
 
 
 def _jobs(plan: Plan, wait: bool) -> list[Job]:

@@ -18,7 +18,7 @@ import torch
 
 from adaptive_at import core, launch, plans
 from adaptive_at.core import UserError
-from adaptive_at.launch import Job, in_stages, joined, machines, on_ray, resources, stages
+from adaptive_at.launch import Job, in_order, joined, machines, on_ray, on_this_machine, resources
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.parameters import start
 from adaptive_at.plans import Plan, settle
@@ -68,7 +68,8 @@ def test_the_jobs_of_a_table_wait_for_what_they_need(tmp_path):
         assert all(jobs.index(a) < i for a in job.after)
         if job in training.values(): assert {a.specs[0].id for a in job.after} == ({about.start.id} if about.start else set())
         else: assert about.id in {a.specs[0].id for a in job.after}
-    assert len(stages(jobs)) == 3   # networks, those that start from them, evaluations
+    ordered = in_order(jobs)
+    assert set(ordered) == set(jobs) and all(ordered.index(a) < i for i, job in enumerate(ordered) for a in job.after)
 
 
 def test_an_evaluation_waits_for_its_surrogate(tmp_path):
@@ -77,17 +78,31 @@ def test_an_evaluation_waits_for_its_surrogate(tmp_path):
     assert {a.specs[0].id for a in evaluating.after} == {plan.blocks[0].runs[row][0].id for row in ("DAAT", "Standard AT")}
 
 
-def test_stages_put_every_job_after_those_it_waits_for():
-    a, b = Job(print), Job(print)
-    c = Job(print, after=(a,))
-    d = Job(print, after=(c, b))
-    assert stages([a, b, c, d]) == [[a, b], [c], [d]] and stages([]) == []
+@pytest.mark.parametrize("seconds", [(0, 0, 0, 0), (1, 9, 0, 5), (0, 0, 9, 0), (3, 2, 1, 4)])
+def test_every_job_comes_after_those_it_waits_for(seconds):
+    a, b = Job(print, seconds=seconds[0]), Job(print, seconds=seconds[1])
+    c = Job(print, after=(a,), seconds=seconds[2])
+    d = Job(print, after=(c, b), seconds=seconds[3])
+    ordered = in_order([a, b, c, d])
+    assert {*ordered} == {a, b, c, d} and all(ordered.index(before) < ordered.index(job) for job in ordered for before in job.after)
 
 
-def test_the_longest_job_of_a_stage_is_first():
+def test_the_job_with_the_longest_way_to_the_end_is_first():
     a, b, c = Job(print, seconds=1.), Job(print, seconds=3.), Job(print, seconds=2.)
     d = Job(print, after=(a,), seconds=9.)
-    assert stages([a, b, c, d]) == [[b, c, a], [d]]
+    assert in_order([a, b, c, d]) == [a, d, b, c] and in_order([]) == []
+
+
+def test_a_job_does_not_wait_for_others_than_its_own(tmp_path):
+    "A free worker takes the next one, though a job that was begun before still runs: here that one waits for it."
+    def until_written(tell):
+        until = time.monotonic() + 30
+        while not (tmp_path/"written").exists() and time.monotonic() < until: time.sleep(0.01)
+        tell("written" if (tmp_path/"written").exists() else "gave up")
+    def write(tell): (tmp_path/"written").touch()
+    said, first = [], Job(lambda tell: tell("first"), seconds=1.)
+    on_this_machine([first, Job(until_written, seconds=9.), Job(write, after=(first,))], 2, said.append)
+    assert said == ["first", "written"]
 
 
 def test_a_long_evaluation_is_a_job_of_its_own(tmp_path):
@@ -100,11 +115,11 @@ def test_a_long_evaluation_is_a_job_of_its_own(tmp_path):
     assert together.seconds + alone.seconds == pytest.approx(left.evaluating) and training.seconds == pytest.approx(left.training)
 
 
-def test_jobs_in_stages_run_in_processes_of_their_own():
+def test_jobs_on_this_machine_run_in_processes_of_their_own_and_wait():
     said = []
-    first = Job(lambda tell: tell(f"first {os.getpid()}"))
-    in_stages([first, Job(lambda tell: tell("other")), Job(lambda tell: tell("second"), after=(first,))], 2, said.append)
-    assert said[-1] == "second" and f"first {os.getpid()}" not in said and len(said) == 3
+    first = Job(lambda tell: (time.sleep(0.3), tell(f"first {os.getpid()}")))
+    on_this_machine([first, Job(lambda tell: tell("other")), Job(lambda tell: tell("second"), after=(first,))], 3, said.append)
+    assert said[0] == "other" and said[2] == "second" and said[1].startswith("first ") and said[1] != f"first {os.getpid()}"
 
 
 @pytest.mark.parametrize("threads, device, taken", [(1, "cpu", (1, 0)), (3, "cpu", (3, 0)), (1, "cuda", (1, 0.25)), (None, "cuda", (1, 1))])
