@@ -65,6 +65,7 @@ ABOUT = {  # what single tables are about
     'kappa': _numbers('the clip of CAT\'s margin, or 0 for 10', 0.),
     'p': Parameter(0., 'the share of the pixels that DRA changes, a number up to 1, or 0 for the paper\'s', lambda v: 0 <= v <= 1),
     'factor': _numbers('a factor on DRA\'s eps, or 0 for the table\'s own', 0.),
+    'aa_examples': _numbers('a whole number from 1 on, or 0 for the preset\'s'),
 }
 
 # %% ../nbs/02_parameters.ipynb #725fd7ae
@@ -122,7 +123,7 @@ TABLES = {  # notebook -> its own parameters (of ABOUT, where a paper's name bef
     'table5_cat': ('eps eta c kappa', ''),
     'table6_cat': ('eps eta c kappa', '| variants'),
     'table1_dra': ('eps', ''),
-    'table2_dra': ('eps p factor', ''),
+    'table2_dra': ('eps p factor aa_examples', ''),
     'table3_dra': ('eps p factor', 'fig3'),
     'table4_dra': ('eps p factor', 'fig4'),
     'table5_dra': ('eps p factor', ''),

@@ -163,7 +163,8 @@ def settle(parameters: Parameters) -> Session:
     print(f'preset {name}{why}: {PRESETS[name].says}. Device: {hardware(device)}.')
     if not cuda and shutil.which('nvidia-smi') and subprocess.run('nvidia-smi', capture_output=True).returncode == 0:
         print(f'There is an NVIDIA GPU here, but this PyTorch ({torch.__version__}) does not see it: install a build that matches the driver (pytorch.org, "Get Started").')
-    return Session(parameters, PRESETS[name], torch.device(device))
+    preset = PRESETS[name]
+    return Session(parameters, replace(preset, aa_examples=parameters.told.get('aa_examples', 0) or preset.aa_examples), torch.device(device))
 
 
 def _named_datasets(parameters: Parameters) -> list[str]:
