@@ -10,7 +10,7 @@ from adaptive_at import datasets
 from adaptive_at.attacks import KL, NormalStart, PGD
 from adaptive_at.core import digest
 from adaptive_at.datasets import Augment
-from adaptive_at.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, dra_finetune, dra_finetune_constant, dra_finetune_mnist
+from adaptive_at.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
 from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, unpack, wilson
 from adaptive_at.methods import MART_RESNET18, Training, at, mart, natural, trades
 from adaptive_at.networks import in_mode
@@ -20,7 +20,7 @@ from adaptive_at.papers.table4_dra import ATTACKED, SHARES, attack, fig4, succes
 from adaptive_at.parameters import start
 from adaptive_at.plans import Plan, settle
 from adaptive_at.streams import Noise, key
-from adaptive_at.tables import Results, execute
+from adaptive_at.tables import Results, execute, replaced
 
 from helpers import digits, robust_digits
 
@@ -93,6 +93,14 @@ def test_table_2_is_the_papers_recipe_for_mnist(tmp_path):
     assert {run_of(mnist, r).augment for r in mnist.rows} == {Augment(crop=4)}
     small, large = mnist.columns["PGD-20 eps=0.1"], mnist.columns["PGD-20 eps=0.3"]
     assert (small.eps, small.attack.alpha, small.steps) == (pytest.approx(0.1), pytest.approx(0.005), 20) and (large.eps, large.attack.alpha, large.steps) == (0.3, 0.015, 20)
+
+
+@pytest.mark.parametrize("preset, told, limit", [("paper", {}, 0), ("paper", {"aa_examples": 2000}, 2000), ("quick", {}, 200), ("quick", {"aa_examples": 50}, 50)])
+def test_table_2_runs_autoattack_on_as_many_images_as_it_is_told_and_says_so(tmp_path, preset, told, limit):
+    plan = planned(2, tmp_path, preset, columns="all", **told)
+    assert plan.blocks[0].columns["AA"].limit == limit and all(not getattr(c, "limit", 0) for name, c in plan.blocks[0].columns.items() if name != "AA")
+    assert [replaced(plan.blocks[0], "AA", plan)] == ([f"† AA on the first {limit} of these images: compare it within its column."] if limit else [""])
+    assert ("; ".join(plan.overrides) != "") is bool(told)
 
 
 def test_tables_1_and_2_share_what_is_the_same(tmp_path):
@@ -235,6 +243,27 @@ def test_calibration_measures_the_clean_network_on_the_validation_part(vanilla):
     assert weak["with factor"] == "1.2" and weak["DRA at 1 leaves"] == f"{left(DRA(), 1.2 / 8 * 0.25):.1f}%"
     found = float(weak["they are equal with factor"])
     assert 0.8 < found < 2 and abs(left(DRA(), found / 8 * 0.25) - left(PGD(r / 20, 20), r)) < 3 and float(strong["they are equal with factor"]) > found
+
+
+def test_table_2_measures_dra_against_pgd_at_both_radii(vanilla, tmp_path):
+    plan, (told,) = planned(2, tmp_path, "quick", rows="Vanilla trained", factor=0.5), vanilla.plan.blocks
+    plan.blocks[0].runs["Vanilla trained"] = told.runs["Vanilla trained"]   # a clean network that is there already
+    plan.store = vanilla.plan.store
+    small, large = (line for _, line in module(2).strengths(Results(plan)).data.reset_index().iterrows())
+    data = digits()
+    index = datasets.balanced(data.val.y, 0)
+    model, x, y = plan.store.model(run_of(told, "Vanilla trained"), data), datasets.to_unit(data.val.x[index]), data.val.y[index]
+    def left(attack, eps): return accuracy(model, attack, x, y, eps)
+    assert small.images == "150 of the validation part" and (small.radius, large.radius) == ("0.083", "0.25")
+    assert (small["PGD-20 leaves"], large["PGD-20 leaves"]) == (f"{left(PGD(0.25 / 60, 20), 0.25 / 3):.1f}%", f"{left(PGD(0.25 / 20, 20), 0.25):.1f}%")
+    assert small["DRA leaves"] == large["DRA leaves"] == f"{left(DRA(2/3, 20), 0.5 * 0.25 / 3):.1f}%" and small["with factor"] == "0.5"
+    found = float(small["equal with factor"])   # of the table's own eps, not of the half that is used
+    assert abs(left(DRA(2/3, 20), found * 0.25 / 3) - left(PGD(0.25 / 60, 20), 0.25 / 3)) < 5
+
+
+def test_table_2_says_when_there_is_nothing_to_measure(tmp_path):
+    assert module(2).strengths(Results(planned(2, tmp_path))) == "dry run: nothing was trained"
+    assert module(2).strengths(Results(planned(2, tmp_path, "quick"))) == "Vanilla trained: not run"
 
 
 def test_calibration_says_when_there_is_nothing_to_measure(vanilla, tmp_path):
