@@ -35,19 +35,19 @@ def side_by_side(
         return
     import_module('torch._dynamo')  # the first optimiser a process makes imports it: some two seconds, once here and not in every job
     waiting, ended, running = dict(enumerate(after or [()] * len(jobs))), set(), selectors.DefaultSelector()
-    def begin() -> None:
-        able = [place for place, those in waiting.items() if ended.issuperset(those)]
-        for place in able[:workers - len(running.get_map())]:
-            del waiting[place]
-            _begin(jobs[place], place, running)
     try:
-        begin()
-        while running.get_map():
-            for job in _heard(running, tell):
+        while waiting or running.get_map():
+            able = [place for place, those in waiting.items() if ended.issuperset(those)]
+            here = len(able) == 1 and not running.get_map()  # nothing else can be done meanwhile: no process for it alone
+            for place in able[:workers - len(running.get_map())]:
+                del waiting[place]
+                if here: jobs[place](tell); ended.add(place)
+                else: _begin(jobs[place], place, running)
+            for job in _heard(running, tell) if running.get_map() else ():
                 _finish(job)
                 ended.add(job['place'])
-                begin()
     except KeyboardInterrupt:
+        if not running.get_map(): raise
         _stop(running, tell)
         raise Stopped('stopped; run the same command again, it goes on from there') from None
     finally:
