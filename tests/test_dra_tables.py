@@ -263,7 +263,14 @@ def test_table_2_measures_dra_against_pgd_at_both_radii(vanilla, tmp_path):
 
 def test_table_2_says_when_there_is_nothing_to_measure(tmp_path):
     assert module(2).strengths(Results(planned(2, tmp_path))) == "dry run: nothing was trained"
-    assert module(2).strengths(Results(planned(2, tmp_path, "quick"))) == "Vanilla trained: not run"
+    assert module(2).strengths(Results(planned(2, tmp_path, "quick"))).startswith("nothing to compare")
+
+
+def test_table_2_without_its_own_row_compares_nothing(vanilla, tmp_path, monkeypatch):
+    two, plan = module(2), planned(2, tmp_path, "quick", rows="Vanilla trained")
+    plan.blocks[0].runs["Vanilla trained"], plan.store = vanilla.plan.blocks[0].runs["Vanilla trained"], vanilla.plan.store
+    monkeypatch.setattr(two, "rows", lambda p: {"Vanilla trained": natural()})
+    assert two.strengths(Results(plan)).startswith("nothing to compare")
 
 
 def test_calibration_says_when_there_is_nothing_to_measure(vanilla, tmp_path):

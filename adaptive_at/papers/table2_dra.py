@@ -44,7 +44,7 @@ def strengths(results):
     "DRA as *Ours* trains with it, and PGD, on the clean network: what they leave of 1,000 images, and the factor on DRA's eps that makes them equal."
     plan, lines = results.plan, []
     if plan.parameters.dry_run: return 'dry run: nothing was trained'
-    for block in plan.blocks:
+    for block in (b for b in plan.blocks if 'Ours' in rows(b.protocol)):   # a reader may have taken it out
         p, data = block.protocol, datasets.load(block.info.name, plan.parameters.data_root, plan.device)
         name, part = ('validation', data.val) if data.val is not None else ('training', data.train)
         index = datasets.balanced(part.y, 1000)
@@ -52,10 +52,11 @@ def strengths(results):
         used = p.get('factor', 1.)
         for run in (r for r in block.runs.get('Vanilla trained', []) if plan.store.finished(r)):
             model = plan.store.model(run, data, device=plan.device)
+            left = accuracy(model, method.attack, x, y, method.radius.eps)
             for radius in (p.eps / 3, p.eps):
                 try: factor = f'{calibrate(model, x, y, PRINTED, method.attack, method.radius.eps / used, radius, rounds=7).factor:.2f}'
                 except UserError: factor = 'none from 1/16 to 16'
                 lines.append({'dataset': block.info.label, 'seed': run.seed, 'images': f'{len(y)} of the {name} part', 'radius': f'{radius:.2g}', 'PGD-20 leaves': f'{accuracy(model, PGD(radius / 20, 20), x, y, radius):.1f}%',
-                              'DRA leaves': f'{accuracy(model, method.attack, x, y, method.radius.eps):.1f}%', 'with factor': f'{used:g}', 'equal with factor': factor})
-    if not lines: return 'Vanilla trained: not run'
+                              'DRA leaves': f'{left:.1f}%', 'with factor': f'{used:g}', 'equal with factor': factor})
+    if not lines: return 'nothing to compare: it takes the row Ours, and a run of Vanilla trained'
     return styled(pd.DataFrame(lines).set_index(['dataset', 'seed', 'images', 'radius']), 'DRA against PGD on "Vanilla trained"', ["DRA's eps is no radius, so it is compared with PGD at both of the table's. The paper compares the two attacks on CIFAR-10 only (section V.C)."])
