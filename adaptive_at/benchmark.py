@@ -228,7 +228,7 @@ class Task:
 
     def model(self, channels_last: bool = True) -> Classifier:
         "A new network in train mode."
-        net = self.network.build(self.classes, self.x.shape[1], key('benchmark')).to(self.x.device)
+        net = self.network.build(self.classes, self.x.shape[1], key('benchmark')).laid_out(self.x.device)
         return (net if channels_last else net.to(memory_format=torch.contiguous_format)).train()
 
 

@@ -40,7 +40,7 @@ class Source:
 def _loaded(source: Source, path: str, channels: int, device: torch.device) -> Classifier:
     "Read, checked and frozen."
     state = torch.load(path, map_location=device, weights_only=True)['model']
-    model = source.network.build(len(state['classifier.weight']), channels).to(device).eval().requires_grad_(False)
+    model = source.network.build(len(state['classifier.weight']), channels).laid_out(device).eval().requires_grad_(False)
     model.load_state_dict(state)
     if fingerprint(model) != source.weights: raise UserError(f'{path} holds other weights than {source.weights}, which the attack is to be made on; give the fingerprint of this file, or the file of these weights.')
     return model

@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from .attacks import CrossEntropy, PGD, gradient, on_scale, restarted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
-from .networks import fingerprint, folded, frozen, in_mode
+from .networks import fingerprint, folded, frozen, in_mode, same_when_folded
 from .streams import Noise, key
 
 # %% ../nbs/75_evaluation.ipynb #591d7e8d
@@ -256,6 +256,8 @@ def evaluate(
     models, name = [model] if source is None else [model, source], type(e.column).__name__
     before = [fingerprint(m) for m in models]
     with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
+        if e.column.steps:
+            for m in models: same_when_folded(m, images.x[:4])
         standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
         result = told(standing)
         result = {'accuracy': 100 * float(scores(result).mean()), 'n': len(standing)} | result

@@ -392,7 +392,7 @@ def published_cost(network: networks.Network, info: DatasetInfo) -> Cost:
 @lru_cache
 def measured_cost(network: networks.Network, info: DatasetInfo, device: torch.device, batch: int, precision: str = 'fp32') -> Cost:
     "The cost on this device, from a few steps on noise; the fastest of three counts, since a disturbance can only add."
-    model = network.build(len(info.classes), info.shape[0]).to(device)
+    model = network.build(len(info.classes), info.shape[0]).laid_out(device)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.)
     x, y = torch.rand(batch, *info.shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     def attack(): PGD(0.01, 3)(model, x, y, 0.1).sum().item()

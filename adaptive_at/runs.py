@@ -305,13 +305,13 @@ class Store:
     def model(self, run: Run, data: Dataset, which: str = 'last', device: str|torch.device = 'cpu', tell: Callable[[str], None] = print) -> Classifier:
         "A run's network, `last` or `best`, in eval mode. Where its checkpoint is damaged, the run is trained again from the one before."
         path = self.folder(run)/f'{which}.pt'
-        try: return self._built(run, data, which).to(device)
+        try: return self._built(run, data, which).laid_out(device)
         except Damaged:
             with locked(self.folder(run)/'lock', tell):
-                try: return self._built(run, data, which).to(device)  # another process was here
+                try: return self._built(run, data, which).laid_out(device)  # another process was here
                 except Damaged as e: self._unfinish(e, path, tell)
         self.train(run, data, device, tell)
-        return self._built(run, data, which).to(device)
+        return self._built(run, data, which).laid_out(device)
 
     def _built(self, run: Run, data: Dataset, which: str) -> Classifier:
         "The network of a checkpoint; `Damaged` where it is not what `spec.json` says."

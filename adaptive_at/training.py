@@ -18,7 +18,7 @@ from .attacks import PGD, on_scale, restarted
 from .core import UserError, at_least, digest, in_epoch, one_of, slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
 from .methods import Method, Training
-from .networks import Classifier, Network, in_mode
+from .networks import Classifier, Network, in_mode, same_when_folded
 from .radius import Bank, Setting
 from .streams import Noise, key, permutation
 
@@ -68,7 +68,7 @@ class State:
     "A run between two steps."
     def __init__(self, run: Run, data: Dataset, device: str|torch.device = 'cpu'):
         info = data.info
-        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).to(device)
+        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).laid_out(device)
         t = run.training
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
         self.bank = run.method.radius.bank(Setting(len(data.train), len(info.classes), self.model.width, t.momentum, t.weight_decay, str(device)), key(run.seed, 'bank'))
@@ -227,6 +227,7 @@ def train(
     t, model, bank, subset = run.training, state.model, state.bank, state.subset
     steps = -(-len(subset) // t.batch)
     device = next(model.parameters()).device
+    same_when_folded(model, to_unit(data.train.x[subset[:4]]))
     team.join(state)
     while state.epoch < t.epochs:
         began, epoch = time.perf_counter() - state.seconds, state.epoch
