@@ -1243,6 +1243,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                     'adaptive_at.tables._note': ('tables.html#_note', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._of': ('tables.html#_of', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._processes': ('tables.html#_processes', 'adaptive_at/tables.py'),
+                                    'adaptive_at.tables._seeded': ('tables.html#_seeded', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables._train': ('tables.html#_train', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.clearly': ('tables.html#clearly', 'adaptive_at/tables.py'),
                                     'adaptive_at.tables.compared': ('tables.html#compared', 'adaptive_at/tables.py'),
@@ -1323,4 +1324,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                      'adaptive_at.workers._heard': ('workers.html#_heard', 'adaptive_at/workers.py'),
                                      'adaptive_at.workers._stop': ('workers.html#_stop', 'adaptive_at/workers.py'),
                                      'adaptive_at.workers.cores': ('workers.html#cores', 'adaptive_at/workers.py'),
+                                     'adaptive_at.workers.died': ('workers.html#died', 'adaptive_at/workers.py'),
                                      'adaptive_at.workers.side_by_side': ('workers.html#side_by_side', 'adaptive_at/workers.py')}}}

@@ -39,7 +39,7 @@ from .runs import hardware
 from .saat import saat_up
 from .streams import Noise, key
 from .training import Monitor, Run, State, keep_memory, train, train_step
-from .workers import cores
+from .workers import cores, died
 
 # %% ../nbs/97_benchmark.ipynb #18d6fa88
 PARTS = ('steps', 'rules', 'evaluation', 'autoattack', 'fidelity', 'kernels', 'growth', 'bf16')
@@ -561,7 +561,9 @@ def memory(bench: Bench) -> list[Line]:
     "How much the peak rises with attack steps and with epochs, in a process that did nothing before."
     name = next(n for n, net in NETWORKS.items() if net == bench.small)
     code = f'import json; from adaptive_at.benchmark import swept; print(json.dumps(swept({name!r}, {str(bench.device)!r}, {max(6, bench.epochs)})))'
-    found = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    if ran.returncode: raise UserError(f"{died('measuring how memory grows', ran.returncode, (ran.stderr.strip().splitlines() or [''])[-1])}.")
+    found = json.loads(ran.stdout.splitlines()[-1])
     head = Line('growth', bench.small.label, 128, 'fp32', '', '', 0., unit='MB')
     return [replace(head, way='attack steps', metric='memory from 3 to 32 steps', value=found['steps'][-1] - found['steps'][1], note=f"of {found['steps'][1]:.0f} MB"),
             replace(head, way='epochs', metric='memory from the second epoch to the last', value=found['epochs'][-1] - found['epochs'][1], n=len(found['epochs']), note=f"of {found['epochs'][1]:.0f} MB")]

@@ -69,7 +69,8 @@ def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataF
     missing = [(t, name) for t in found.values() for name in ('natural', 'AA') if not t.plan.store.verdicts(t.run, _evaluation(t, session, name))]
     if missing:
         data = datasets.load(next(iter(found.values())).info.name, session.parameters.data_root, session.device)
-        side_by_side([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell)
+        side_by_side([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell,
+                     names=[f'evaluation of {t.label} ({name})' for t, name in missing])
     lines = []
     for i, t in found.items():
         line = {'row': t.label, 'paper': t.paper, 'table': t.table, 'network': t.run.network.label}

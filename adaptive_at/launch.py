@@ -29,6 +29,7 @@ class Job:
     after: tuple['Job', ...] = ()    # jobs to be done before
     processes: int = 1               # that it starts, each with a device of its own
     seconds: float = 0.              # about how long it takes
+    name: str = 'a job'              # for people
 
 
 def in_order(
@@ -46,7 +47,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, tell: Tell = print) -> No
     "Run all jobs on this machine, at most `workers` at once."
     if workers > 1: jobs = in_order(jobs)
     place = {job: n for n, job in enumerate(jobs)}
-    side_by_side([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs])
+    side_by_side([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
 
 # %% ../nbs/83_launch.ipynb #01124e40
 RETRIES = 30    # times that a task is started again after its process or machine died
@@ -199,7 +200,7 @@ def on_ray(
         shared(ray, nodes, folder)
         folder.mkdir(parents=True, exist_ok=True)
         tell('Ray: ' + _counted(len(nodes), 'machine') + ', ' + ', '.join(_counted(sum(n['Resources'].get(kind, 0) for n in nodes), kind) for kind in ('CPU', 'GPU') if device == 'cuda' or kind == 'CPU'))
-        lines, task, refs = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}
+        lines, task, refs, done = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}, []
         def heard():
             with suppress(ray.exceptions.RayActorError):   # the queue's machine died: the work goes on in silence
                 for line in lines.get_nowait_batch(lines.qsize()): tell(line)
@@ -219,7 +220,9 @@ def on_ray(
             _stop(ray, list(refs.values()), heard)
             cause = getattr(e, 'cause', None)   # what a task raised
             if isinstance(cause, UserError): raise UserError(str(cause)) from None
-            raise RuntimeError(f'{e}' if cause else f'a task could not be finished ({" ".join(str(e).split())}); run the same command again, it goes on where it stopped') from None
+            if cause: raise RuntimeError(f'{e}') from None
+            lost = ' and '.join(job.name for job, ref in refs.items() if ref in done) or 'a job'   # those that `ray.get` was asked for
+            raise UserError(f'{lost}: Ray could not finish the task ({" ".join(str(e).split()).rstrip(".")}); run the same command again, it goes on where it stopped.') from None
 
 
 def _counted(n: float, what: str) -> str: return f'{n:g} {what}' + 's' * (n != 1)

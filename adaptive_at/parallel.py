@@ -266,4 +266,4 @@ def _said(errors: Path) -> str:
 
 def _last(errors: Path) -> str:
     "The last exception in what the job said."
-    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b', line)), 'no reason given')
+    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|traceback : Signal \d+', line.strip())), 'no reason given')

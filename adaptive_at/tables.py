@@ -402,7 +402,7 @@ def _jobs(plan: Plan, wait: bool) -> list[Job]:
                 for run in runs:
                     if bool(run.start) == later and run.id not in training and not plan.store.finished(run) and not plan.diverged(run):
                         n, seconds = _processes(plan, run), plan.cost(run, block.info).run(run, block.info, len(plan.store.history(run)))
-                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), n, seconds / n)
+                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), n, seconds / n, f'training of {_seeded(row, run)}')
         evaluating = [job for row in block.cells for seed in range(len(block.runs[row])) for job in _evaluations(plan, block, row, seed, training, wait)]
         if training or evaluating: datasets.load(block.info.name, plan.parameters.data_root)  # fetched once, and there in all processes that are forked
         jobs += [*training.values(), *evaluating]
@@ -419,7 +419,10 @@ def _evaluations(plan: Plan, block: Block, row: str, seed: int, training: dict[s
     seconds = {cell: plan.evaluating(block, cell[0], plan.cost(run, block.info)) for cell in networks}
     alone, together = [[cell] for cell in seconds if seconds[cell] > LONG], [cell for cell in seconds if seconds[cell] <= LONG]
     return [Job(partial(_evaluate, plan, block, row, seed, cells, wait), (run, *(block.columns[c] for c, _ in cells)), run.network.threads, _of(training, *(r for cell in cells for r in networks[cell])),
-                seconds=sum(seconds[cell] for cell in cells)) for cells in (together, *alone) if cells]
+                seconds=sum(seconds[cell] for cell in cells), name=f'evaluation of {_seeded(row, run)} ({", ".join(column for column, _ in cells)})') for cells in (together, *alone) if cells]
+
+
+def _seeded(row: str, run: Run) -> str: return f'{row}, seed {run.seed}' if run.seed else row
 
 
 def _of(training: dict[str, Job], *runs: Run|None) -> tuple[Job, ...]:
@@ -446,7 +449,7 @@ def _processes(plan: Plan, run: Run) -> int:
 def _train(plan: Plan, block: Block, row: str, run: Run, wait: bool, tell: Callable[[str], None]) -> None:
     "One job: train a row."
     _note(plan)   # the command may never come to its end
-    label, processes = f'{row}, seed {run.seed}' if run.seed else row, _processes(plan, run)
+    label, processes = _seeded(row, run), _processes(plan, run)
     if processes < plan.parameters.gpus_per_run: tell(f'{label}: trained by one process, since {undivided(run)}')
     with suppress(Busy):
         if processes > 1:

@@ -316,7 +316,8 @@ class Dies:
 
 def test_a_task_that_always_dies_is_given_up(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "RETRIES", 1)
-    with pytest.raises(RuntimeError, match="run the same command again, it goes on where it stopped"): on_ray([Job(Dies())], "", "cpu", tmp_path, lambda line: None)
+    with pytest.raises(UserError, match="^training of DAAT: Ray could not finish the task .*run the same command again, it goes on where it stopped.$"):
+        on_ray([Job(Dies(), name="training of DAAT")], "", "cpu", tmp_path, lambda line: None)
 
 
 def sentence(call, *args, **kwargs):
