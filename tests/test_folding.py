@@ -15,6 +15,8 @@ from adaptive_at.saat import StrengthAdaptivePGD
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import labels, narrow, numbers, random_data, seeded, short_autoattack
 
+pytestmark = pytest.mark.trains
+
 EPS = 0.1
 
 

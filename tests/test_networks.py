@@ -20,6 +20,8 @@ from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMA
                                   ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
 
+pytestmark = pytest.mark.trains
+
 GRAY = ("mnistcnn", "mnistcnn-half", "mnistcnn-trades", "smallcnn")
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from adaptive_at.parameters import TABLES
 
@@ -40,6 +42,17 @@ def test_environment_yml_lists_the_requirements_of_settings_ini(config):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert pip == shlex.split(config["requirements"]) + shlex.split(config["dev_requirements"]) + ["-e ."]
+
+
+def test_constraints_name_one_version_each_that_the_requirements_admit(config):
+    "And no hash: one would make pip demand hashes of everything, which `-e .` cannot have."
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line) for line in lines), lines
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    assert len(pinned) == len(lines)
+    for text in shlex.split(config["requirements"]) + shlex.split(config["dev_requirements"]):
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), text
 
 
 def test_one_version_everywhere(config):

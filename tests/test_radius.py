@@ -19,6 +19,8 @@ from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRul
 from adaptive_at.training import train_step
 from helpers import buffers, labels, narrow, noise, numbers, same
 
+pytestmark = pytest.mark.trains
+
 EPS = 0.031
 RULES = [DAAT, LinearDAAT, PiecewiseDAAT]
 

@@ -22,6 +22,8 @@ from adaptive_at.training import Monitor, Run
 
 from helpers import digits
 
+pytestmark = pytest.mark.trains
+
 SIZE = dict(preset="quick", device="cpu", epochs=2, train_examples=96, test_examples=20, figures="none")
 
 
