@@ -1077,6 +1077,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                     'adaptive_at.radius.Bank.load_state_dict': ( 'radius.html#bank.load_state_dict',
                                                                                  'adaptive_at/radius.py'),
                                     'adaptive_at.radius.Bank.state_dict': ('radius.html#bank.state_dict', 'adaptive_at/radius.py'),
+                                    'adaptive_at.radius.Bank.write': ('radius.html#bank.write', 'adaptive_at/radius.py'),
                                     'adaptive_at.radius.Calibrated': ('radius.html#calibrated', 'adaptive_at/radius.py'),
                                     'adaptive_at.radius.Calibrated.__post_init__': ( 'radius.html#calibrated.__post_init__',
                                                                                      'adaptive_at/radius.py'),
