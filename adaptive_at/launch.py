@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import torch
-from .core import CARRIED, UserError, carried, describe, digest, write_text
+from .core import CARRIED, UserError, carried, describe, digest, make_folder, write_text
 from .stopping import Stopped
 from .workers import LONGEST, Tell, cores, side_by_side
 
@@ -197,7 +197,8 @@ def on_ray(
         taken = {job: resources(job.threads, device, job.processes) for job in jobs}
         nodes = machines(ray, device, max(t['num_cpus'] for t in taken.values()))
         shared(ray, nodes, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try: make_folder(folder)
+        except OSError as e: raise UserError(f'{folder} could not be made ({e.strerror or e}); choose another `outputs` folder.') from e
         tell('Ray: ' + _counted(len(nodes), 'machine') + ', ' + ', '.join(_counted(sum(n['Resources'].get(kind, 0) for n in nodes), kind) for kind in ('CPU', 'GPU') if device == 'cuda' or kind == 'CPU'))
         lines, task, refs = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}
         def heard():
