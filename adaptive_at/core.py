@@ -400,6 +400,11 @@ def held_by(path: Path) -> str:
     return ''
 
 
+def _no_link(path: str, flags: int) -> int:
+    "Open a file, but not through a link that somebody put in its place; as `filelock` does since 3.20.3."
+    return os.open(path, flags | (os.O_NOFOLLOW if os.name == 'posix' else 0), 0o666)
+
+
 @contextmanager
 def locked(
     path: str|Path,                            # the lock file
@@ -415,7 +420,7 @@ def locked(
     except OSError as e:
         if e.errno not in NO_LOCKS: raise UserError(f'{path} could not be written ({e.strerror or e}); see that you may write there, or choose another `outputs` folder, and run the same command again.') from e
         lock = _taken(Heartbeat(path), path, waiting, wait)
-    with suppress(OSError): path.write_text(f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}')
+    with suppress(OSError), open(path, 'w', opener=_no_link) as f: f.write(f'process {os.getpid()} on {platform.node()} since {time.strftime("%Y-%m-%d %H:%M:%S")}')
     try: yield
     finally: lock.release()
 

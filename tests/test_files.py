@@ -287,3 +287,18 @@ def test_a_folder_that_may_not_even_be_looked_into_is_refused(tmp_path):
     said = as_nobody(starts)
     shutil.rmtree(folder)
     assert said.startswith("outputs is ") and "cannot be written" in said and said.count("\n") == 0
+
+
+# Links in a folder that others may write
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_lock_that_somebody_made_a_link_writes_nothing_elsewhere(locks, tmp_path, monkeypatch):
+    class None_(core.FileLock):
+        def acquire(self, *args, **kwargs): raise OSError(errno.ENOSYS, "Function not implemented")
+    if not locks: monkeypatch.setattr(core, "FileLock", None_)
+    (tmp_path/"mine.txt").write_text("mine")
+    (tmp_path/"lock").symlink_to(tmp_path/"mine.txt")
+    try:
+        with locked(tmp_path/"lock"): pass
+    except UserError as e: assert "could not be written" in str(e)
+    assert (tmp_path/"mine.txt").read_text() == "mine"
