@@ -53,7 +53,7 @@ class CAT(RadiusRule):
         tried = self.grown(old)
         with torch.no_grad(), in_mode(model, 'eval'): fooled = model(x_adv).argmax(1) != batch.y
         new = self.moved(old, tried, (x_adv - batch.x).abs().flatten(1).amax(1), fooled)
-        bank.used[batch.index], bank.eps[batch.index] = tried, new
+        bank.write(batch.index, used=tried, eps=new)
         return new
 
     def moved(self,

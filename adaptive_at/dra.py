@@ -176,7 +176,7 @@ class Scheduled(RadiusRule):
 
     def radius(self, bank, batch, model):
         "This epoch's radius for all [B]."
-        bank.eps[batch.index] = self.eps
+        bank.write(batch.index, eps=self.eps)
         return bank.eps[batch.index]
 
 # %% ../nbs/64_dra.ipynb #3e4ac5c9

@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'COMMON', 'ABOUT', 'COLUMN_ALIASES', 'TABLES', 'Parameter'
 # %% ../nbs/02_parameters.ipynb #56de0f6f
 import csv, re, tempfile, time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,13 +147,15 @@ class Parameters:
         values: dict[str, Any],         # checked
         figures: tuple[str, ...],       # all it can draw
         main_figures: tuple[str, ...],  # those it draws unless told otherwise
-        began: float                    # when the notebook started, in seconds
+        began: float,                   # when the notebook started, in seconds
+        written: Path|None = None       # where tables and figures go, if not into `outputs`, which then is only read
     ):
         self.table, self.known_figures, self.main_figures, self.began = table, figures, main_figures, began
         self.told = {name: values[name] for name in about(table)}  # what the table is about
         self.values = values                    # as given
         root = project_root()
         self.data_root, self.outputs = root/values['data_root'], root/values['outputs']
+        self.read_only, self.written = written is not None, written or self.outputs
 
     def __getattr__(self, name: str) -> Any:
         try: return self.__dict__['values'][name]
@@ -160,7 +163,7 @@ class Parameters:
 
     def with_all(self) -> 'Parameters':
         "The same for all rows and columns."
-        return Parameters(self.table, self.values | {'rows': '', 'columns': 'all'}, self.known_figures, self.main_figures, self.began)
+        return Parameters(self.table, self.values | {'rows': '', 'columns': 'all'}, self.known_figures, self.main_figures, self.began, self.written if self.read_only else None)
 
     def command(self) -> str:
         "The command that repeats this notebook."
@@ -184,9 +187,14 @@ def start(
     if values['launcher'] == 'ray' and values['device'] not in ('', 'cpu', 'cuda'): raise UserError(f"device is {values['device']!r}; with launcher ray it must be cpu, cuda or empty: Ray chooses among the GPUs.")
     names = tuple(figures.replace('|', ' ').split())
     chosen('figures', values['figures'], (*names, 'main', 'all', 'none'))
-    parameters = Parameters(table, values, names, tuple(figures.partition('|')[0].split()), began)
-    _writable(parameters.outputs)
-    return parameters
+    main = tuple(figures.partition('|')[0].split())
+    parameters = Parameters(table, values, names, main, began)
+    if not (refusal := _closed(parameters.outputs)): return parameters
+    if not _holds_runs(parameters.outputs): raise UserError(refusal)
+    if values['dry_run']: return parameters
+    written = Path(tempfile.mkdtemp(prefix='adaptive_at-'))
+    print(f'{parameters.outputs} may be read and not written: what it holds is shown, and tables and figures go to {written}.')
+    return Parameters(table, values, names, main, began, written)
 
 
 def refuse_unknown(namespace: dict[str, Any], known: dict[str, Parameter]) -> None:
@@ -199,9 +207,16 @@ def refuse_unknown(namespace: dict[str, Any], known: dict[str, Parameter]) -> No
     namespace['_started'] = True
 
 
-def _writable(folder: Path) -> None:
-    "Refuse an output folder that cannot be written, without leaving anything behind."
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+def _closed(folder: Path) -> str:
+    "Why an output folder cannot be written, in a sentence; empty where it can. Nothing is left behind."
+    there = folder
     try:
-        with tempfile.TemporaryFile(dir=there): return
-    except OSError as e: raise UserError(f'outputs is {str(folder)!r}, which cannot be written because of {there} ({e.strerror}); choose a folder you may write to.') from e
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        with tempfile.TemporaryFile(dir=there): return ''
+    except OSError as e: return f'outputs is {str(folder)!r}, which cannot be written because of {there} ({e.strerror}); choose a folder you may write to.'
+
+
+def _holds_runs(outputs: Path) -> bool:
+    "Is there a store to be viewed?"
+    with suppress(OSError): return (outputs/'runs').is_dir()
+    return False

@@ -198,7 +198,7 @@ class Plan:
         self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.here
         parameters, self.preset = session.parameters, session.preset
         self.store = Store(parameters.outputs/'runs')
-        self.folder = parameters.outputs/table.name/self.preset.name
+        self.folder = parameters.written/table.name/self.preset.name
         self.figures = self._figures()
         self.overrides: list[str] = []
         parts = self._parts()

@@ -357,6 +357,8 @@ def execute(
 ) -> Results:
     "Train what is missing, evaluate what is missing, write `table.csv`."
     if plan.parameters.dry_run: return Results(plan)
+    if plan.parameters.read_only and (lacking := _lacking(plan)):
+        raise UserError(f'outputs is {str(plan.parameters.outputs)!r}, which cannot be written and lacks {lacking}; choose a folder you may write to.')
     expected = plan.seconds() if plan.measured() else 0.
     began, done, report = time.time(), Counter(), tell
     def tell(line: str) -> None:
@@ -377,6 +379,15 @@ def execute(
     there, spoilt, cells = sum(map(plan.store.finished, runs)), sum(map(plan.diverged, runs)), sum(map(bool, chain(*results.cells.values())))
     report(f"{there - done['trained']} runs from the store{f' ({spoilt} diverged)' if spoilt else ''}, {done['trained']} trained; {cells - done['evaluated']} evaluations from the store, {done['evaluated']} made; {results.estimated or spoken(took)}")
     return results
+
+
+def _lacking(plan: Plan) -> str:
+    "What is to be trained or evaluated first, in words; empty where the store holds all."
+    for block in plan.blocks:
+        for row, runs in block.runs.items():
+            if any(not plan.store.finished(run) and not plan.diverged(run) for run in runs): return f'a run of {row}'
+            if any(plan.unevaluated(block, row, seed) for seed in range(len(runs))): return f'evaluations of {row}'
+    return ''
 
 
 def _note(plan: Plan) -> None:

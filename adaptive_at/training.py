@@ -156,10 +156,10 @@ def train_step(
     batch = replace(batch, noise=noise)
     team.begin(batch)
     eps = rule.radius(bank, batch, model)
-    bank.used[batch.index] = eps
+    bank.write(batch.index, used=eps)
     x_adv = attack(model, batch.x, objective.target(batch, eps), eps, noise.of('attack'))
     eps = rule.after_attack(bank, batch, x_adv, model, eps)
-    bank.realised[batch.index] = (x_adv - batch.x).abs().flatten(1).amax(1)
+    bank.write(batch.index, realised=(x_adv - batch.x).abs().flatten(1).amax(1))
     for loss in objective.losses(batch, x_adv, objective.target(batch, eps), eps):
         with method.weights.perturbed(model, loss, team.averaged) if method.weights else nullcontext():
             optimiser.zero_grad()

@@ -25,7 +25,7 @@ def main(arguments=None):
     tell = (lambda line: None) if told.quiet else lambda line: print(line, flush=True)
     wrong = []
     with tempfile.TemporaryDirectory() as folder, tiny():
-        for name in ("kills", "damages", "shared"): (Path(folder)/name).mkdir()
+        for name in ("kills", "damages", "shared", "contained"): (Path(folder)/name).mkdir()
         if told.kills:
             found = kills.campaign(Path(folder)/"kills", told.kills, told.seed, tell=tell)
             wrong += found.wrong + ["fewer kills landed than were asked for"] * (found.landed < told.kills)
@@ -35,10 +35,10 @@ def main(arguments=None):
             found = damage.campaign(Path(folder)/"damages", cases, told.seed, tell)
             wrong += found.wrong
             print(found, flush=True)
-        if told.processes:
-            problems, text = kills.shared(Path(folder)/"shared", told.processes)
+        for name, called in (("shared", None), ("contained", 7)) if told.processes else ():
+            problems, text = kills.shared(Path(folder)/name, told.processes, called=called)
             wrong += problems
-            print("\n  ".join([text if not problems else f"{told.processes} processes on an empty store:", *problems]), flush=True)
+            print("\n  ".join([text if not problems else f"{told.processes} processes{' with one process id' * bool(called)} on an empty store:", *problems]), flush=True)
     if told.notebooks:
         problems = notebooks.campaign(tell)
         wrong += problems
