@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 import torch
 from torch import nn, Tensor
-from .attacks import PGD, on_scale, restarted
+from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
 from .masking import PROBED, Lead, attacked_gradients, check_model, clean_gradients, climbs, differs, share
@@ -244,6 +244,7 @@ def evaluation(column: Column, data_content: str, weights: str, source: str = ''
     return Evaluation(column, data_content, weights, source, examples, seed, library=column.library)
 
 
+@trusted()   # `datasets` has checked the images
 @torch.no_grad()
 def evaluate(
     e: Evaluation,

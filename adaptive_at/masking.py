@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROBED', 'NOISES', 'SMALL', 'wrapped', 'first_line', 'asked', 'check_logits', 'check_gradient', 'differs',
            'check_model', 'Lead', 'climbs', 'stuck', 'share', 'clean_gradients', 'agreement', 'noise_and_slope',
-           'suspicious', 'attacked_gradients']
+           'goes_further', 'suspicious', 'attacked_gradients']
 
 # %% ../nbs/74_masking.ipynb #ea0b27d4
 from collections.abc import Callable, Mapping
@@ -141,21 +141,23 @@ def agreement(predicted: Tensor, measured: Tensor) -> float:
 
 
 @torch.no_grad()
-def noise_and_slope(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, float]:
-    "The smallest margin under random signs of size eps [B], and how well the gradient predicts what such steps do."
-    lead, noise = Lead(), Noise(key('noise'), torch.arange(len(x), device=x.device))
+def noise_and_slope(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[list[Tensor], float]:
+    "The logits under random signs of size eps, [B,K] each, and how well the gradient predicts what such steps do."
+    lead, noise, fits, answers = Lead(), Noise(key('noise'), torch.arange(len(x), device=x.device)), [], []
     grad, logits = gradient(model, x, lead, y)
-    worst, fits = torch.full_like(y, torch.inf, dtype=logits.dtype), []
-    for size, times in ((eps, NOISES), (SMALL * eps, 1)):
-        predicted, measured = [], []
-        for k in range(times):
-            noisy = project(x + size * noise.of(k).uniform(x).sign(), x, per_example(size, x))
-            change = lead(model(noisy), y) - lead(logits, y)
-            if size == eps: worst = torch.minimum(worst, -(lead(logits, y) + change))
-            predicted.append((grad * (noisy - x)).flatten(1).sum(1))
-            measured.append(change)
-        fits.append(agreement(torch.cat(predicted), torch.cat(measured)))
-    return worst, max(fits)
+    for size, times in ((SMALL * eps, 1), (eps, NOISES)):
+        steps = [project(x + size * noise.of(k).uniform(x).sign(), x, per_example(size, x)) for k in range(times)]
+        answers = [model(noisy) for noisy in steps]
+        predicted = torch.cat([(grad * (noisy - x)).flatten(1).sum(1) for noisy in steps])
+        fits.append(agreement(predicted, torch.cat([lead(z, y) - lead(logits, y) for z in answers])))
+    return answers, max(fits)
+
+
+def goes_further(logits: Tensor, other: Tensor, y: Tensor) -> Tensor:
+    "Where the first logits are nearer to a mistake than the others, by margin and by cross-entropy [B]."
+    lead, entropy = Lead(), CrossEntropy()
+    by_margin = lead(logits, y) > lead(other, y) + 1e-4 * other.abs().amax(1)
+    return by_margin & (entropy(logits.double(), y) > entropy(other.double(), y))
 
 
 def suspicious(logits: Tensor, y: Tensor) -> Tensor:
@@ -182,9 +184,8 @@ def attacked_gradients(
     grad, logits = gradient(model, x_adv[i], loss, loss.target(model, x_adv[i], y[i]))
     facts['stuck'] = int(stuck(grad).sum()) / n
     if hasattr(attack, 'distance'): return facts   # in another ball; see `evaluation.verified`
-    worst, facts['slope'] = noise_and_slope(model, x, y, eps)
-    lead = Lead()(logits, y[i])
-    facts['noise_beats'] = int((worst[i] < -lead - 1e-4 * logits.abs().amax(1)).sum()) / n
+    noisy, facts['slope'] = noise_and_slope(model, x, y, eps)
+    facts['noise_beats'] = int(torch.stack([goes_further(z[i], logits, y[i]) for z in noisy]).any(0).sum()) / n
     if isinstance(attack, PGD) and isinstance(loss, CrossEntropy) and attack.steps >= 10 and share(suspicious(logits, y[i])) > 0.1:
         on_margin = PGD(eps / 4, 10, Lead())
         left = restarted(on_margin, model, x[i], y[i], eps, Noise(key('margin'), i))[1]
