@@ -72,7 +72,8 @@ class DeepFool:
                 d = behind.abs() / (grads.flatten(2).abs().sum(2) + 1e-8)
                 nearest, k = d.min(0)
                 sign = grads[k, torch.arange(len(left), device=x.device)].sign()
-                total[left] += ((nearest + 1e-4).view(-1, *[1] * (x.dim() - 1)) * sign).to(x.dtype)
+                step = (nearest + 1e-4).view(-1, *[1] * (x.dim() - 1)) * sign
+                total[left] += step.to(x.dtype).nan_to_num(0, 0, 0)   # where a gradient is no number the image stands, as under PGD; `masking` counts these
                 x_adv[left] = (x[left] + (1 + self.overshoot) * total[left]).clamp(0, 1)
                 logits = self.logits(model, x_adv[left])
         return project(x_adv, x, per_example(eps, x))

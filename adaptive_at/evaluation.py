@@ -147,6 +147,8 @@ def verified(
         able = model(x).isfinite().all(1)  # a model that answers with no number gives an attack nothing to climb on
         x_adv, x = x_adv[able], x[able]
     if not len(x): return
+    if lost := int((~x_adv.flatten(1).isfinite()).any(1).sum()):
+        raise UserError(f'{name} returned {lost} images that are no numbers (nan), where the model has logits: its gradient is no number there, or the attack has to be mended; nothing is counted.')
     distance = getattr(attack, 'distance', lambda change: change.abs().flatten(1).amax(1))
     far, low, high = torch.stack([distance(x_adv - x).amax(), x_adv.amin(), x_adv.amax()]).tolist()
     if not (far <= eps + 1e-6 and low >= 0 and high <= 1):  # what is no number is neither
@@ -266,7 +268,8 @@ def evaluate(
         standing, x_adv = _judged(e, model, images, source, saved, save)
         result = told(standing)
         result = {'accuracy': 100 * float(scores(result).mean()), 'n': len(standing)} | result
-        result |= facts | _facts(e.column, models, images, standing, x_adv)
+        measured = _facts(e.column, models, images, standing, x_adv)
+        result |= facts | measured | {'randomised': max(facts['randomised'], measured.get('randomised', 0.))}
         if any(part.training for m in models for part in m.modules()): raise UserError(f'{name} left a part of the model in train mode, where its answers hang on the batch; no number is kept.')
     if [fingerprint(m) for m in models] != before: raise UserError(f'{name} changed the model while evaluating it; no number is kept.')
     return result
