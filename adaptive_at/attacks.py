@@ -4,11 +4,16 @@
 
 # %% auto #0
 __all__ = ['on_scale', 'per_example', 'project', 'CrossEntropy', 'KL', 'Margin', 'UniformStart', 'NormalStart', 'CleanStart',
-           'gradient', 'PGD', 'hit', 'FGSM', 'FriendlyPGD', 'NoAttack', 'restarted']
+           'trusted', 'checked', 'check_batch', 'gradient', 'PGD', 'hit', 'FGSM', 'FriendlyPGD', 'NoAttack',
+           'restarted']
 
 # %% ../nbs/30_attacks.ipynb #ac9d7a0b
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Real
 from typing import ClassVar
 import torch, torch.nn.functional as F
@@ -90,6 +95,65 @@ class CleanStart:
     "x itself."
     def __call__(self, x, eps, noise): return x
 
+# %% ../nbs/30_attacks.ipynb #c81d27e4
+_TRUSTED: ContextVar[bool] = ContextVar('trusted', default=False)
+
+
+@contextmanager
+def trusted() -> Iterator[None]:
+    "Within, attacks take their arguments as they are. Also a decorator."
+    token = _TRUSTED.set(True)
+    try: yield
+    finally: _TRUSTED.reset(token)
+
+
+def checked(call: Callable) -> Callable:
+    "An attack's `__call__` that refuses what it cannot attack, unless the caller is `trusted`; its class says what labels it `takes`."
+    @wraps(call)
+    def checking(self, model, x, y, eps, noise=None):
+        if _TRUSTED.get(): return call(self, model, x, y, eps, noise)
+        check_batch(x, y, eps, self, self.takes)
+        with trusted(): return call(self, model, x, y, eps, noise)
+    return checking
+
+
+def check_batch(
+    x: Tensor,              # images [B,C,H,W]
+    y: Tensor,              # their labels
+    eps: float|Tensor,      # radius: one, or one per example [B]
+    attack,                 # see `on_scale`
+    takes: str              # 'classes' [B], also 'distributions' [B,K], or 'anything', which is the loss's affair
+) -> None:
+    "Refuse images, labels and radii that an attack cannot use: a `UserError`. This waits for the device."
+    if not torch.is_tensor(x): raise UserError(f'The images are a {type(x).__name__}; an attack takes a tensor [B,C,H,W] in [0, 1].')
+    if not x.is_floating_point(): raise UserError(f'The images are {x.dtype}; an attack takes them in [0, 1]: `to_unit(x)`.')
+    low, high = torch.stack([x.amin(), x.amax()]).tolist() if x.numel() else (0., 1.)
+    if not (-1e-6 <= low and high <= 1 + 1e-6): raise UserError(f'The images are in the range {low:.4g} to {high:.4g}; an attack takes them in [0, 1].')
+    _check_radii(eps, len(x), attack)
+    if torch.is_tensor(y): _check_labels(y, len(x), takes)
+    elif takes != 'anything': raise UserError(f'The labels are a {type(y).__name__}; an attack takes a tensor of classes [{len(x)}], int64.')
+
+
+def _check_radii(eps: float|Tensor, n: int, attack) -> None:
+    "A rule may let a radius grow beyond 1, where it reaches all of [0,1]; half of the radii beyond 2 are on another scale."
+    if not torch.is_tensor(eps):
+        if not (isinstance(eps, Real) and 1 < eps <= 2): on_scale(eps, attack)
+        return
+    if eps.shape not in ((), (1,), (n,)): raise UserError(f'eps is a tensor {list(eps.shape)}; it must be one radius, or one per example [{n}].')
+    if not eps.numel(): return
+    least, middle, most = torch.stack([eps.min(), eps.flatten().median(), eps.max()]).tolist()   # NaN is all of them
+    for value, wrong in ((least, not least >= 0), (most, most == math.inf), (middle, middle > 2)):
+        if wrong: on_scale(value, attack)
+
+
+def _check_labels(y: Tensor, n: int, takes: str) -> None:
+    if takes == 'anything': return
+    if y.is_floating_point() and y.dim() == 2 and takes == 'distributions':
+        if len(y) != n or not bool(y.isfinite().all()): raise UserError(f'The label distributions are {list(y.shape)}; they must be finite numbers [{n},K].')
+    elif y.dtype != torch.int64: raise UserError(f'The labels are {y.dtype} {list(y.shape)}; this attack takes classes [{n}], int64: `y.long()`.')
+    elif y.shape != (n,): raise UserError(f'The labels are {list(y.shape)}; this attack takes classes [{n}], int64.')
+    elif n and (least := int(y.min())) < 0: raise UserError(f'The labels begin at {least}; classes are numbers from 0 on.')
+
 # %% ../nbs/30_attacks.ipynb #cd6fc6a6
 def gradient(model: nn.Module, x: Tensor, loss, target: Tensor) -> tuple[Tensor, Tensor]:
     "Gradient of the summed loss with respect to `x`, and the logits."
@@ -115,6 +179,7 @@ class PGD:
         one_of(self, mode=MODES, success=('last', 'any'))
         at_least(self, alpha=0., steps=1)
 
+    @checked
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
         x: Tensor,                # clean images, in [0,1]
@@ -130,6 +195,12 @@ class PGD:
             if self.success == 'any': return self._until_broken(model, x_adv, x, y, target, eps, noise)
             for t in range(self.steps): x_adv = self.step(x_adv, gradient(model, x_adv, self.loss, target)[0], x, eps, noise, t)
         return x_adv
+
+    @property
+    def takes(self) -> str:
+        "What its labels may be; see `check_batch`."
+        if self.success == 'any' or isinstance(self.loss, Margin): return 'classes'
+        return 'distributions' if isinstance(self.loss, (CrossEntropy, KL)) else 'anything'
 
     def _until_broken(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, target: Tensor, eps: Tensor, noise: Noise) -> Tensor:
         "Each example's first misclassified iterate, its last one where there is none. Those broken are left out from the next look on: every number of the others is their own, so they do not notice."
@@ -163,6 +234,8 @@ def FGSM(start=CleanStart()) -> PGD:
 @dataclass(frozen=True)
 class FriendlyPGD(PGD):
     "PGD that stops `tau` steps after the first misclassification (Zhang et al., 2020)."
+    takes: ClassVar[str] = 'classes'
+
     tau: int|Milestones = 0  # steps an example may go on once misclassified
     omega: float = 0.        # scale of the normal noise added in each step
 
@@ -171,6 +244,7 @@ class FriendlyPGD(PGD):
         super().__post_init__()
         at_least(self, tau=0, omega=0.)
 
+    @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; examples keep their places."
         eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
@@ -196,6 +270,9 @@ class FriendlyPGD(PGD):
 @dataclass(frozen=True)
 class NoAttack:
     "The images as they are."
+    takes: ClassVar[str] = 'anything'
+
+    @checked
     def __call__(self, model, x, y, eps, noise=None): return x
 
 # %% ../nbs/30_attacks.ipynb #177fcdca
@@ -210,6 +287,13 @@ def restarted(
     restarts: int = 1
 ) -> tuple[Tensor, Tensor]: # adversarial images [B,C,H,W], and which examples still stand [B] (bool)
     "The first restart that fools the model, per example (the last one where none does)."
+    if not _TRUSTED.get():
+        check_batch(x, y, eps, attack, 'classes')
+        if torch.is_tensor(eps) and eps.numel() != 1: raise UserError(f'eps is a tensor {list(eps.shape)}; restarts share one radius, a number.')
+    with trusted(): return _restarted(attack, model, x, y, eps, noise, restarts)
+
+
+def _restarted(attack: PGD, model: nn.Module, x: Tensor, y: Tensor, eps: float, noise: Noise, restarts: int) -> tuple[Tensor, Tensor]:
     x_adv, standing, r = x.clone(), model(x).argmax(1) == y, 0
     while r < restarts and len(i := standing.nonzero()[:, 0]):
         n, there = min(restarts - r, len(x) // len(i)) if getattr(attack, 'mode', '') == 'eval' else 1, torch.arange(len(i), device=x.device)   # as many restarts side by side as the batch has room for; not where it is normalised as a whole

@@ -9,10 +9,11 @@ __all__ = ['OUTCOMES', 'PRINTED', 'CAT_WRN34', 'CAT_VGG16', 'CAT', 'dirichlet', 
 
 # %% ../nbs/63_cat.ipynb #c4edae90
 from dataclasses import dataclass, replace
+from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
-from .attacks import CleanStart, PGD
+from .attacks import CleanStart, PGD, checked
 from .core import Milestones, UserError, at_least, one_of
 from .methods import Method, Training, unit
 from .objectives import AdversarialCE
@@ -171,6 +172,8 @@ class MixedCEv0(MixedCE):
 @dataclass(frozen=True)
 class CATAttack(PGD):
     "PGD in a ball that is eta larger than the radius it is given (CAT Alg. 1: the label comes before the growth)."
+    takes: ClassVar[str] = 'anything'   # a customised label
+
     eta: float = 0.005
     cap: float|None = None  # but never larger than this
 
@@ -179,6 +182,7 @@ class CATAttack(PGD):
         super().__post_init__()
         at_least(self, eta=0., cap=0.)
 
+    @checked
     def __call__(self, model, x, label, eps, noise=None):
         "Attack a batch with customised labels; the result is within min(eps + eta, cap)."
         eps = (torch.as_tensor(eps, device=x.device) + self.eta).clamp(max=torch.inf if self.cap is None else self.cap).expand(len(x))

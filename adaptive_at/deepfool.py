@@ -8,9 +8,10 @@ __all__ = ['rivals', 'DeepFool']
 # %% ../nbs/35_deepfool.ipynb #732756fe
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 import torch
 from torch import nn, Tensor
-from .attacks import per_example, project
+from .attacks import checked, per_example, project
 from .core import UserError, one_of
 from .networks import MODES, in_mode
 from .streams import Noise
@@ -34,6 +35,8 @@ def rivals(
 @dataclass(frozen=True)
 class DeepFool:
     "DeepFool, l_inf (Moosavi-Dezfooli et al., 2016; defaults and details as foolbox's LinfDeepFoolAttack)."
+    takes: ClassVar[str] = 'classes'
+
     steps: int = 50            # at most
     candidates: int = 10       # classes that take part: the true one, and the others the clean image comes nearest to
     overshoot: float = 0.02    # the perturbation is stretched by 1 + overshoot
@@ -48,6 +51,7 @@ class DeepFool:
         "The most it can cost per image, in forward and backward passes: a step is two forwards (a third of one each) and a backward (two thirds) per other class."
         return math.ceil(self.steps * self.candidates * 2 / 3)
 
+    @checked
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
         x: Tensor,                # clean images, in [0,1]
@@ -68,7 +72,8 @@ class DeepFool:
                 d = behind.abs() / (grads.flatten(2).abs().sum(2) + 1e-8)
                 nearest, k = d.min(0)
                 sign = grads[k, torch.arange(len(left), device=x.device)].sign()
-                total[left] += ((nearest + 1e-4).view(-1, *[1] * (x.dim() - 1)) * sign).to(x.dtype)
+                step = (nearest + 1e-4).view(-1, *[1] * (x.dim() - 1)) * sign
+                total[left] += step.to(x.dtype).nan_to_num(0, 0, 0)   # where a gradient is no number the image stands, as under PGD; `masking` counts these
                 x_adv[left] = (x[left] + (1 + self.overshoot) * total[left]).clamp(0, 1)
                 logits = self.logits(model, x_adv[left])
         return project(x_adv, x, per_example(eps, x))

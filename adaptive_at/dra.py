@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 import math
 from numbers import Real
+from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .attacks import CrossEntropy, KL, NormalStart, PGD, gradient, per_example
+from .attacks import CrossEntropy, KL, NormalStart, PGD, checked, gradient, per_example
 from .core import Milestones, Ramp, UserError, at_least, one_of, unhashed
 from .methods import Method, Training, at, trades, unit
 from .networks import MODES, Classifier, Network, fingerprint, in_mode
@@ -65,6 +66,8 @@ def significant(
 @dataclass(frozen=True)
 class DRA:
     "Dynamically regulated adversary (Hou et al., 2022, Alg. 1)."
+    takes: ClassVar[str] = 'distributions'
+
     p: float = 1/3                         # share of the values that may change; the paper recommends 1/3 to 1/2
     steps: int = 5                         # T
     loss: CrossEntropy|KL = CrossEntropy()
@@ -81,6 +84,7 @@ class DRA:
         "What eps is the most of: the mean change of a value [B]."
         return change.abs().flatten(1).mean(1)
 
+    @checked
     def __call__(self,
         model: nn.Module,         # images [B,C,H,W] in [0,1] to logits [B,K]
         x: Tensor,                # clean images, in [0,1]

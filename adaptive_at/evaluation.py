@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['Images', 'Column', 'Clean', 'WhiteBox', 'Transfer', 'verified', 'AutoAttack', 'pack', 'unpack', 'told', 'scores',
-           'Evaluation', 'evaluation', 'evaluate', 'wilson', 'interval', 'mean_interval', 'paired']
+           'Evaluation', 'evaluation', 'evaluate', 'in_float32', 'wilson', 'interval', 'mean_interval', 'paired']
 
 # %% ../nbs/75_evaluation.ipynb #dd888ab8
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 import torch
 from torch import nn, Tensor
-from .attacks import CrossEntropy, PGD, gradient, on_scale, restarted
+from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
+from .masking import PROBED, Lead, attacked_gradients, check_model, clean_gradients, climbs, differs, share
 from .networks import fingerprint, folded, frozen, in_mode, same_when_folded
 from .streams import Noise, key
 
@@ -98,10 +100,13 @@ class WhiteBox(Column):
     @property
     def steps(self): return getattr(self.attack, 'passes', self.attack.steps) * self.restarts
 
-    def batch(self, model, x, y, noise, source):
+    def batch(self, model, x, y, noise, source): return self.adversaries(model, x, y, noise)[1]
+
+    def adversaries(self, model: nn.Module, x: Tensor, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        "What the attack makes of a batch [B,C,H,W], and which examples it leaves classified right [B]."
         x_adv, standing = restarted(self.attack, model, x, y, self.eps, noise, self.restarts)
         verified(x_adv, x, self.eps, self.attack, model)
-        return standing
+        return x_adv, standing
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ def verified(
         able = model(x).isfinite().all(1)  # a model that answers with no number gives an attack nothing to climb on
         x_adv, x = x_adv[able], x[able]
     if not len(x): return
+    if lost := int((~x_adv.flatten(1).isfinite()).any(1).sum()):
+        raise UserError(f'{name} returned {lost} images that are no numbers (nan), where the model has logits: its gradient is no number there, or the attack has to be mended; nothing is counted.')
     distance = getattr(attack, 'distance', lambda change: change.abs().flatten(1).amax(1))
     far, low, high = torch.stack([distance(x_adv - x).amax(), x_adv.amin(), x_adv.amax()]).tolist()
     if not (far <= eps + 1e-6 and low >= 0 and high <= 1):  # what is no number is neither
@@ -239,6 +246,7 @@ def evaluation(column: Column, data_content: str, weights: str, source: str = ''
     return Evaluation(column, data_content, weights, source, examples, seed, library=column.library)
 
 
+@trusted()   # `datasets` has checked the images
 @torch.no_grad()
 def evaluate(
     e: Evaluation,
@@ -247,45 +255,76 @@ def evaluate(
     source: nn.Module|None = None,   # the surrogate, for transfer
     saved: dict|None = None,         # an interrupted evaluation's progress
     save: Callable[[dict], None] = lambda progress: None
-) -> dict:                           # plain values: accuracy, n, verdicts, facts for warnings
+) -> dict:                           # plain values: accuracy, n, verdicts, facts for `doubts`
     "Run an evaluation: eager, fp32, eval mode, on a model that is the same afterwards."
     split = data.train if e.column.part == 'train' else data.test
     index = balanced(split.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more
     chosen = split.part(index)
     images = Images(to_unit(chosen.x), chosen.y, index)
     models, name = [model] if source is None else [model, source], type(e.column).__name__
+    facts = _at_the_door(e.column, models, data.info, images.y.device)
     before = [fingerprint(m) for m in models]
-    with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model):
+    with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model), in_float32():
         if e.column.steps:
             for m in models: same_when_folded(m, images.x[:4])
-        standing = e.column.standing(model, images, e.seed, source, e.batch, saved, save)
+        standing, x_adv = _judged(e, model, images, source, saved, save)
         result = told(standing)
         result = {'accuracy': 100 * float(scores(result).mean()), 'n': len(standing)} | result
-        if isinstance(e.column, Clean): result |= _predictions(model, images)
-        if isinstance(e.column, WhiteBox): result |= _gradients(model, images, e.column)
+        measured = _facts(e.column, models, images, standing, x_adv)
+        result |= facts | measured | {'randomised': max(facts['randomised'], measured.get('randomised', 0.))}
         if any(part.training for m in models for part in m.modules()): raise UserError(f'{name} left a part of the model in train mode, where its answers hang on the batch; no number is kept.')
     if [fingerprint(m) for m in models] != before: raise UserError(f'{name} changed the model while evaluating it; no number is kept.')
     return result
 
 
+@contextmanager
+def in_float32() -> Iterator[None]:
+    "Within, new tensors are float32, whatever `torch.set_default_dtype` says: pyautoattack makes some."
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(was)
+
+
+def _at_the_door(column: Column, models: list[nn.Module], info: DatasetInfo, device: torch.device) -> dict:
+    "Refuse what cannot be evaluated, before anything is computed; the facts are those of the model itself."
+    facts = {}
+    for m in reversed(models):   # where there is a surrogate, it is the last, and the one that is attacked
+        with in_float32():
+            if isinstance(m, nn.Module):
+                with in_mode(m, 'eval'), frozen(m): facts = check_model(m, info.shape, len(info.classes), device, m is models[-1] and isinstance(column, (WhiteBox, Transfer, AutoAttack)))
+            else: check_model(m, info.shape, len(info.classes), device, False)
+    return facts
+
+
+def _judged(e: Evaluation, model: nn.Module, images: Images, source: nn.Module|None, saved: dict|None, save: Callable[[dict], None]) -> tuple[Tensor, Tensor|None]:
+    "The verdicts, and the first batch's adversaries, where they are made on the model itself. That batch is attacked here, and the others by `standing`."
+    column, parts = e.column, images.parts(e.batch)
+    if not isinstance(column, WhiteBox) or (type(column).batch, type(column).standing) != (WhiteBox.batch, Column.standing):
+        return column.standing(model, images, e.seed, source, e.batch, saved, save), None
+    i = parts[0]
+    x_adv, first = column.adversaries(model, images.x[i], images.y[i], Noise(key(e.seed, 'evaluation'), images.index)[i])
+    if not saved:
+        saved = {'batch': 1} | told(first)
+        if len(parts) > 1: save(saved)
+    return column.standing(model, images, e.seed, source, e.batch, saved, save), x_adv[:PROBED].clone()
+
+
+def _facts(column: Column, models: list[nn.Module], images: Images, standing: Tensor, x_adv: Tensor|None) -> dict:
+    "What is measured beside the accuracy; see `masking`."
+    model, attacked = models[0], models[-1]
+    if isinstance(column, Clean): return _predictions(model, images)
+    if not isinstance(column, (WhiteBox, Transfer, AutoAttack)): return {}
+    some = slice(PROBED if x_adv is None else len(x_adv))
+    x, y = images.x[some], images.y[some]
+    facts = clean_gradients(attacked, x, y, Lead() if isinstance(column, AutoAttack) else climbs(column.attack))
+    return facts if x_adv is None else facts | attacked_gradients(model, x, y, x_adv, standing[some], column.attack, column.eps)
+
+
 def _predictions(model: nn.Module, images: Images) -> dict:
     "How often the most frequent class is predicted, and whether all logits are finite."
     logits = torch.cat([model(images.x[i]) for i in images.parts(500)])
-    return _randomised(model, images.x[:500], logits[:500]) | {'top_class_share': float(logits.argmax(1).bincount().max() / len(logits)), 'finite': bool(logits.isfinite().all())}
-
-
-def _randomised(model: nn.Module, x: Tensor, logits: Tensor) -> dict:
-    "Share of images that get other logits when the model is asked again."
-    again = model(x)
-    return {'randomised': float(((again - logits).abs().amax(1) > 1e-3 * logits.abs().amax(1)).float().mean()) if len(x) else 0.}
-
-
-def _gradients(model: nn.Module, images: Images, column: WhiteBox) -> dict:
-    "Share of correctly classified images (of at most 500) at which the gradient of the cross-entropy vanishes."
-    x, y = images.x[:500], images.y[:500]
-    grad, logits = gradient(model, x, CrossEntropy(), y)
-    right = logits.argmax(1) == y
-    return _randomised(model, x, logits) | {'zero_gradients': float((grad[right].flatten(1).abs().amax(1) == 0).float().mean()) if right.any() else 0.}
+    return {'randomised': share(differs(logits[:500], model(images.x[:500]))), 'top_class_share': float(logits.argmax(1).bincount().max() / len(logits)), 'finite': bool(logits.isfinite().all())}
 
 # %% ../nbs/75_evaluation.ipynb #ca214f3d
 def wilson(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .attacks import PGD, project
+from .attacks import PGD, checked, project
 from .core import Milestones, Ramp, at_least, one_of
 from .datasets import Batch
 from .methods import Method, Training, unit
@@ -59,8 +59,11 @@ class Towards:
 @dataclass(frozen=True)
 class RandomTargetPGD(CrossingPGD):
     "PGD that descends its loss towards a random wrong class (Xie et al., 2019; IAAT section 4.2)."
+    takes: ClassVar[str] = 'classes'
+
     crossings: float = 0.
 
+    @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `y` are the true classes."
         noise = noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
@@ -200,6 +203,7 @@ def mixup_at(
 @dataclass(frozen=True)
 class HalfRandomTargetPGD(RandomTargetPGD):
     "The same with the network in half precision; images, steps and projections stay in single."
+    @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `y` are the true classes."
         with torch.autocast(x.device.type, torch.bfloat16): return super().__call__(model, x, y, eps, noise)

@@ -6,15 +6,16 @@
 __all__ = ['NORMALISATION', 'UNUSED', 'tensors', 'plain', 'columns_of', 'scored']
 
 # %% ../nbs/91_plain.ipynb #1850bbcf
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from torch import Tensor
 from .core import UserError
 from .datasets import Dataset, DatasetInfo
+from .doubts import doubts
 from .evaluation import Column, evaluate, evaluation, interval
-from .networks import Classifier, Network, fingerprint
+from .networks import Classifier, Network
 from .parameters import start
 from .plans import Plan, Table, settle
 
@@ -77,16 +78,20 @@ def columns_of(
 
 
 def scored(
-    model: Classifier,             # on the data's device
+    model: Classifier,             # on the data's device; any module that maps images in [0,1] to logits
     columns: dict[str, Column],
     data: Dataset,
     examples: int = 0,             # class-balanced; 0: all
-    seed: int = 0
-) -> pd.DataFrame:                 # per column: accuracy, its interval, n
-    "Accuracy in each column, computed as the tables do."
-    lines, weights = {}, fingerprint(model)
-    for label, column in columns.items():
-        result = evaluate(evaluation(column, data.info.identity, weights, examples=examples, seed=seed), model, data)
+    seed: int = 0,
+    tell: Callable[[str], None] = print  # told what is to be said of an accuracy
+) -> pd.DataFrame:                 # per column: accuracy, its interval, n, and what is to be said of it
+    "Accuracy in each column, computed as the tables do, and with their warnings."
+    results = {}
+    for label, column in columns.items(): results[label] = evaluate(evaluation(column, data.info.identity, '', examples=examples, seed=seed), model, data)
+    lines = {}
+    for label, result in results.items():
         low, high = interval(result)
-        lines[label] = {'accuracy': result['accuracy'], 'low': low, 'high': high, 'n': result['n']}
+        warning = '; '.join(doubts(label, columns, results))
+        lines[label] = {'accuracy': result['accuracy'], 'low': low, 'high': high, 'n': result['n'], 'warning': warning}
+        if warning: tell(f'⚠ {label}: {warning}.')
     return pd.DataFrame.from_dict(lines, orient='index')

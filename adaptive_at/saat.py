@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .attacks import CleanStart, KL, NormalStart, PGD, gradient, per_example
+from .attacks import CleanStart, KL, NormalStart, PGD, checked, gradient, per_example
 from .core import Milestones, at_least, one_of
 from .datasets import Augment
 from .methods import Method, Training, WeightPerturbation, unit
@@ -34,6 +34,7 @@ def radii(
 @dataclass(frozen=True)
 class StrengthAdaptivePGD(PGD):
     "PGD within `full`, then K steps in each stage for the examples whose cross-entropy is under rho (SA-PGD, SAAT Alg. 1; released `sa_pgd`)."
+    takes: ClassVar[str] = 'classes'
     version: ClassVar[int] = 2        # 2: the gradient's own logits are looked at, and no stage is begun when all have rho
 
     rho: float|Milestones = 1.5       # least loss; an example that has it is left alone
@@ -45,6 +46,7 @@ class StrengthAdaptivePGD(PGD):
         one_of(self, mode=MODES, success=('last',))
         at_least(self, alpha=0., steps=0, full=0., stages=0., K=0)
 
+    @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `eps` caps every stage."
         eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
-from .attacks import PGD, on_scale, restarted
+from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, in_epoch, one_of, slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
 from .methods import Method, Training
@@ -142,6 +142,7 @@ class Alone:
 ALONE = Alone()
 
 # %% ../nbs/70_training.ipynb #1c9283d8
+@trusted()
 def train_step(
     method: Method,              # with the values of this epoch
     model: Classifier,           # in train mode
@@ -170,6 +171,7 @@ def train_step(
     return team.share(bank, value)
 
 # %% ../nbs/70_training.ipynb #8ab946bb
+@trusted()
 def measure(
     model: nn.Module,
     split: Split,
