@@ -101,7 +101,6 @@ def begin(namespace: dict[str, Any]) -> Bench:   # the notebook's globals()
     "Check the parameters, and load the digits."
     refuse_unknown(namespace, PARAMETERS)
     given = {n: namespace.get(n, p.default) for n, p in PARAMETERS.items()}
-    if type(given['batch']) is int: given['batch'] = str(given['batch'])   # as papermill reads `-p batch 64`
     told = {n: checked(n, given[n], p) for n, p in PARAMETERS.items()}
     if told['seeds'] == 1: raise UserError('seeds is 1; one seed has no spread, so give 2 or more, or 0 to leave bf16 training out.')
     device = torch.device(told['device'] or ('cuda' if torch.cuda.is_available() else 'cpu'))

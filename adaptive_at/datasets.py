@@ -22,7 +22,7 @@ import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from . import streams
-from .core import UserError, locked, one_of, project_root
+from .core import UserError, locked, nearly, one_of, project_root, user_path
 from .workers import cores
 
 # %% ../nbs/10_datasets.ipynb #bba20fb2
@@ -461,7 +461,7 @@ SIDE = 32   # pixels, of the images of an image folder
 
 def folder_path(name: str) -> Path:
     "The folder that `imagefolder:PATH` names."
-    return project_root()/Path(name.partition(':')[2]).expanduser()
+    return project_root()/user_path(name.partition(':')[2])
 
 
 def scan_folder(
@@ -553,8 +553,9 @@ def info(
     data_root: str|Path # the data folder
 ) -> DatasetInfo:
     "What is known of a dataset; reads nothing of the official ones but ImageNet's list of files, where there is one."
+    data_root = user_path(data_root)
     if name == 'digits': return DIGITS
-    if name == 'imagenet': return scan_imagenet(Path(data_root))[0] if imagenet_there(Path(data_root)) else IMAGENET
+    if name == 'imagenet': return scan_imagenet(data_root)[0] if imagenet_there(data_root) else IMAGENET
     if o := OFFICIAL.get(name):
         return DatasetInfo(name, o.label, o.classes, o.shape, o.n_train, 0, o.n_test, o.unit, o.augment, o.identity)
     if name.startswith('imagefolder:') and name != 'imagefolder:':
@@ -562,25 +563,27 @@ def info(
         classes, train, test = scan_folder(folder)
         label = {'cifar10-jpeg': 'CIFAR-10 (JPEG copy)'}.get(folder.name, f'imagefolder {folder.name}')
         return DatasetInfo(name, label, classes, (3, SIDE, SIDE), len(train), 0, len(test), 8/255, CROP_FLIP, folder_hash(folder, train + test))
-    raise UserError(f"datasets: {name!r} is not a dataset; choose from {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
+    raise UserError(f"datasets: {name!r} is not a dataset{nearly(name, NAMES)}; choose from {', '.join(NAMES[:-1])} and {NAMES[-1]}.")
 
 
 def available(name: str, data_root: str|Path) -> bool:
     "Are the files on the disk, so that nothing would be downloaded?"
-    if name in OFFICIAL: return not missing(name, Path(data_root))
-    if name == 'imagenet': return imagenet_there(Path(data_root))
+    data_root = user_path(data_root)
+    if name in OFFICIAL: return not missing(name, data_root)
+    if name == 'imagenet': return imagenet_there(data_root)
     if name.startswith('imagefolder:'): return all((folder_path(name)/part).is_dir() for part in ('train', 'test'))
     return name == 'digits'
 
 
 def check(name: str, data_root: str|Path) -> None:
     "Refuse, before anything runs, a dataset that does not exist, is damaged, or is neither here nor to be had."
+    data_root = user_path(data_root)
     if name in OFFICIAL:
-        verify(name, Path(data_root))
-        if not available(name, data_root): obtainable(name, Path(data_root))
+        verify(name, data_root)
+        if not available(name, data_root): obtainable(name, data_root)
     elif name.startswith('imagefolder:') and name != 'imagefolder:': scan_folder(folder_path(name))
     elif name == 'imagenet' and not available(name, data_root):
-        folder = (Path(data_root)/'imagenet').absolute()
+        folder = (data_root/'imagenet').absolute()
         raise UserError(f'datasets: ImageNet is not in {folder}, which must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; it cannot be downloaded automatically, '
                         'so get the ILSVRC2012 archives from image-net.org, put them there and unpack them with torchvision.datasets.ImageNet.')
     else: info(name, data_root)
@@ -592,7 +595,7 @@ def load(
     device: str|torch.device = 'cpu'    # where the tensors go
 ) -> Dataset:
     "Read a dataset, after downloading it where necessary."
-    root = Path(data_root)
+    root = user_path(data_root)
     check(name, root)
     if name in OFFICIAL and missing(name, root): download(name, root)
     return _read(info(name, root), root).to(device)

@@ -22,7 +22,7 @@ import copy, hashlib, weakref
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
-from .core import UserError, at_least
+from .core import UserError, at_least, nearly
 
 # %% ../nbs/20_networks.ipynb #5d1e9b40
 def memory_format(
@@ -454,7 +454,7 @@ NETWORKS: dict[str, Network] = {
 def network(name: str) -> Network:
     "The network called `name`."
     if name in NETWORKS: return NETWORKS[name]
-    raise UserError(f'network is {name!r}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
+    raise UserError(f'network is {name!r}{nearly(name, NETWORKS)}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
 
 # %% ../nbs/20_networks.ipynb #2a58f332
 MODES = 'eval', 'train'  # of batch norm and dropout

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from torch import Tensor
-from .core import UserError
+from .core import UserError, user_path
 from .datasets import Dataset, DatasetInfo
 from .doubts import doubts
 from .evaluation import Column, evaluate, evaluation, interval
@@ -25,6 +25,7 @@ UNUSED = ('sub_block1.',)                         # of TRADES' WideResNet: a blo
 # %% ../nbs/91_plain.ipynb #5751e571
 def tensors(file: Path) -> dict[str, Tensor]:
     "The tensors of a .pt or .safetensors file, under their names without `module.`; no code in it is run."
+    file = user_path(file)
     try:
         if Path(file).suffix == '.safetensors':
             from safetensors.torch import load_file

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np, torch
 from torch import nn
 from .compiled import execution_path
-from .core import Unreadable, UserError, describe, locked, read_bytes, replacing, write_text
+from .core import Unreadable, UserError, describe, locked, read_bytes, replacing, user_path, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
@@ -161,7 +161,7 @@ class Store:
     "Runs and evaluations on disk."
     every = 300.  # seconds between checkpoints inside an epoch
 
-    def __init__(self, root: str|Path): self.root = Path(root)
+    def __init__(self, root: str|Path): self.root = user_path(root)
 
     def folder(self, run: Run) -> Path: return self.root/f'{run.slug}-{run.id}'
 

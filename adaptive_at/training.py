@@ -54,6 +54,8 @@ class Run:
     seed: int = 0
     start: 'Run|None' = None  # the run whose last weights it starts from
 
+    def __post_init__(self): at_least(self, seed=-2**63, train_examples=0)
+
     @property
     def id(self) -> str: return digest(self)
 

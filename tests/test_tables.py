@@ -157,8 +157,8 @@ def test_rows_are_compared_seed_by_seed_where_one_is_missing(tmp_path):
     assert not any("natural" in told for told in results._warnings(block, "Standard AT", "PGD-20", "last"))
 
 
-@pytest.mark.parametrize("outputs, command", [("outputs", "papermill nbs/table1_daat.ipynb outputs/table1_daat.ipynb"), ("{}/b", "mkdir -p {0}/b && papermill nbs/table1_daat.ipynb {0}/b/table1_daat.ipynb"), ("{}/a b", 'mkdir -p "{0}/a b" && papermill nbs/table1_daat.ipynb "{0}/a b"/table1_daat.ipynb')])
+@pytest.mark.parametrize("outputs, command", [("outputs", "papermill nbs/table1_daat.ipynb outputs/table1_daat.ipynb"), ("{}/b", "mkdir -p {0}/b && papermill nbs/table1_daat.ipynb {0}/b/table1_daat.ipynb"), ("{}/a b", "mkdir -p '{0}/a b' && papermill nbs/table1_daat.ipynb '{0}/a b/table1_daat.ipynb'")])
 def test_the_command_of_a_notebook_writes_where_it_was_told_to(outputs, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = start("table1_daat", dict(preset="quick", rows="Standard AT,DAAT", outputs=outputs.format(tmp_path))).command()
-    assert told.startswith(command.format(tmp_path) + " -p preset quick -p rows \"Standard AT,DAAT\"")
+    assert told.startswith(command.format(tmp_path) + " -p preset quick -p rows 'Standard AT,DAAT'")
