@@ -1,0 +1,247 @@
+"Files from the world: some seventy odd image folders end in a right result or in one sentence, read into memory and streamed alike."
+import io, os, shutil, struct, time, unicodedata, warnings, zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from adaptive_at import datasets as ds
+from test_datasets import refused
+
+CAT, DOG, WHITE = (200, 10, 10), (10, 10, 200), (255, 255, 255)
+HALVES = np.repeat(np.array([[[250, 0, 0]], [[0, 0, 250]]], np.uint8), 16, 0).repeat(32, 1)   # 32x32, red above blue
+
+
+def flat(colour, mode="RGB", size=(32, 32)): return Image.new(mode, size, colour)
+
+
+def grey(value, dtype): return Image.fromarray(np.full((32, 32), value, dtype))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes of flat images, two to train on and one to test."
+    where = tmp_path / "data" / "own"
+    for part, n in (("train", 2), ("test", 1)):
+        for name, colour in (("cat", CAT), ("dog", DOG)):
+            (where / part / name).mkdir(parents=True)
+            for i in range(n): flat(colour).save(where / part / name / f"{i}.png")
+    return where
+
+
+# What changes a folder: each of these makes one that does
+
+def image(picture, name="train/cat/0.png", **how):
+    "In place of the first image, this one."
+    def change(f):
+        (f / "train/cat/0.png").unlink()
+        picture.save(f / name, **how)
+    return change
+
+
+def raw(content, name="train/cat/0.png"):
+    def change(f):
+        (f / "train/cat/0.png").unlink()
+        (f / name).write_bytes(content)
+    return change
+
+
+def more(name, colour=CAT):
+    "One file more."
+    def change(f):
+        (f / name).parent.mkdir(parents=True, exist_ok=True)
+        flat(colour).save(f / name)
+    return change
+
+
+def link(name, to):
+    def change(f): (f / name).symlink_to(to)
+    return change
+
+
+def both(*changes):
+    def change(f):
+        for each in changes: each(f)
+    return change
+
+
+def renamed(old, new, parts=("train", "test")):
+    def change(f):
+        for part in parts: (f / part / old).rename(f / part / new)
+    return change
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def encoded(picture, **how):
+    picture.save(out := io.BytesIO(), **how)
+    return out.getvalue()
+
+
+def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(bits, kind, rows, *chunks, size=(32, 32)):
+    "A PNG file that Pillow does not write."
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def fifo(f): os.mkfifo(f / "train/cat/pipe.png")
+
+
+DEEP_RGB = (b"\0" + struct.pack(">HHH", 0x8080, 0x4040, 0x2020) * 32) * 32
+NFC, NFD = (unicodedata.normalize(form, "zoé") for form in ("NFC", "NFD"))
+LATIN = os.fsdecode("zoé".encode("latin-1"))
+ANIMATED = encoded(flat(CAT), format="GIF", save_all=True, append_images=[flat(DOG)])
+HALF = np.array(flat((0, 0, 200, 128), "RGBA"))
+SOME = np.array(flat((*CAT, 255), "RGBA")); SOME[:, :16] = (9, 9, 9, 0)   # the left half is transparent
+BAD_EXIF = encoded(flat(CAT), format="JPEG", quality=100, exif=b"Exif\0\0" + b"II*\0" + b"\xff" * 40)
+PALETTE = flat(CAT).convert("P", palette=Image.Palette.ADAPTIVE)
+
+# name -> (change, what the first training image looks like, how many training images there are)
+RIGHT = {
+    "as it is": (lambda f: None, CAT, 4),
+    "16-bit PNG": (image(grey(0x8080, np.uint16)), (128,) * 3, 4),
+    "16-bit PNG, white": (image(grey(0xFFFF, np.uint16)), WHITE, 4),
+    "16-bit PNG, dark": (image(grey(200, np.uint16)), (1,) * 3, 4),
+    "16-bit PNG, transparent": (image(grey(0x1234, np.uint16), transparency=0x1234), WHITE, 4),
+    "16-bit RGB PNG": (raw(png(16, 2, DEEP_RGB)), (128, 64, 32), 4),
+    "16-bit TIFF": (image(grey(0x4040, np.uint16), "train/cat/0.tif"), (64,) * 3, 4),
+    "16-bit TIFF, big-endian": (image(grey(0x4040, ">u2"), "train/cat/0.tif"), (64,) * 3, 4),
+    "16-bit TIFF, white is 0": (image(grey(0x4040, np.uint16), "train/cat/0.tiff", tiffinfo={262: 0}), (191,) * 3, 4),
+    "16-bit PGM": (image(grey(0x8080, np.int32), "train/cat/0.pgm"), (128,) * 3, 4),
+    "16-bit JPEG 2000": (image(grey(0x8080, np.uint16), "train/cat/0.jp2"), (128,) * 3, 4),
+    "float TIFF": (image(grey(0.2, np.float32), "train/cat/0.tif"), (51,) * 3, 4),
+    "float TIFF, white is 0": (image(grey(0.2, np.float32), "train/cat/0.tif", tiffinfo={262: 0}), (204,) * 3, 4),
+    "JPEG 2000": (image(flat(CAT), "train/cat/0.jp2"), CAT, 4),
+    "JPEG 2000, another name": (image(flat(CAT), "train/cat/0.j2k"), CAT, 4),
+    "GIF": (image(flat(CAT), "train/cat/0.gif"), CAT, 4),
+    "GIF, animated": (raw(ANIMATED, "train/cat/0.GIF"), CAT, 4),
+    "GIF, transparent": (image(grey(3, np.uint8), "train/cat/0.gif", transparency=3), WHITE, 4),
+    "one GIF more": (more("train/cat/9.gif"), CAT, 5),
+    "WebP": (image(flat(CAT), "train/cat/0.webp", lossless=True), CAT, 4),
+    "AVIF or JFIF": (image(flat((128,) * 3), "train/cat/0.jfif", format="JPEG"), (128,) * 3, 4),
+    "RGBA, opaque": (image(flat((*CAT, 255), "RGBA")), CAT, 4),
+    "RGBA, transparent": (image(flat((9, 9, 9, 0), "RGBA")), WHITE, 4),
+    "RGBA, half": (image(Image.fromarray(HALF)), (127, 127, 227), 4),
+    "grey and alpha": (image(flat((9, 0), "LA")), WHITE, 4),
+    "palette": (image(PALETTE), CAT, 4),
+    "palette, transparent": (image(grey(5, np.uint8).convert("P"), transparency=5), WHITE, 4),
+    "one bit": (image(flat(1, "1")), WHITE, 4),
+    "CMYK": (image(flat((0, 0, 0, 0), "CMYK"), "train/cat/0.tif"), WHITE, 4),
+    "one pixel": (image(flat(CAT, size=(1, 1))), CAT, 4),
+    "a line of pixels": (image(flat(CAT, size=(3, 90))), CAT, 4),
+    "EXIF cannot be read": (raw(BAD_EXIF, "train/cat/0.jpg"), CAT, 4),
+    "EXIF says 9": (image(flat(CAT), exif=turned(9)), CAT, 4),
+    "capitals": (renamed("cat/0.png", "cat/0.PNG", ("train",)), CAT, 4),
+    "checkpoints of notebooks": (both(more("train/.ipynb_checkpoints/x.png"), more("train/cat/.ipynb_checkpoints/0-checkpoint.png")), CAT, 4),
+    "a hidden file": (more("train/cat/._0.png", DOG), CAT, 4),
+    "a hidden file that is no image": (lambda f: (f / "train/cat/._0.png").write_bytes(b"\0\5\x16\7 Mac OS X"), CAT, 4),
+    "__MACOSX": (both(more("train/__MACOSX/x.png"), more("train/cat/__MACOSX/._0.png"), more("test/__MACOSX/cat/x.png")), CAT, 4),
+    "thumbnails of a NAS": (more("train/cat/@eaDir/0.png/thumb.jpg", DOG), CAT, 4),
+    "other files": (both(lambda f: (f / "train/notes.txt").touch(), lambda f: (f / "train/cat/Thumbs.db").touch()), CAT, 4),
+    "a folder in a class": (more("train/cat/deep/er/1.png"), CAT, 5),
+    "a folder called like an image": (more("train/cat/1.png.png/1.png"), CAT, 5),
+    "a link to its class": (link("train/cat/loop", "."), CAT, 4),
+    "a link to its part": (link("train/cat/loop", ".."), CAT, 4),
+    "a link to the folder": (link("train/cat/loop", "../.."), CAT, 4),
+    "a link to everything": (link("train/cat/loop", "/"), CAT, 4),
+    "links to each other": (both(more("a/1.png"), more("b/1.png"), link("a/to", "../b"), link("b/to", "../a"), link("train/cat/more", "../../a")), CAT, 6),
+    "linked images": (both(more("elsewhere/x.png"), link("train/cat/x.png", "../../elsewhere/x.png"), link("train/cat/y", "../../elsewhere")), CAT, 6),
+    "a link to no text": (link("train/cat/notes.txt", "nowhere"), CAT, 4),
+    "decomposed names": (both(renamed("dog", NFC, ("train",)), renamed("dog", NFD, ("test",))), CAT, 4),
+    "odd names": (renamed("dog", "€$x_1$ <b>&amp; 犬"), CAT, 4),
+}
+for o in range(2, 9):
+    seen = HALVES if o == 2 else HALVES[::-1] if o in (3, 4) else None
+    RIGHT[f"EXIF says {o}"] = (image(Image.fromarray(HALVES), exif=turned(o)), seen, 4)
+RIGHT["EXIF of a JPEG"] = (image(Image.fromarray(HALVES), "train/cat/0.jpg", exif=turned(3), quality=100), HALVES[::-1], 4)
+RIGHT["EXIF of a TIFF"] = (image(Image.fromarray(HALVES), "train/cat/0.tif", exif=turned(3)), HALVES[::-1], 4)
+for o, (a, b) in {5: (0, 1), 6: (1, 0), 7: (1, 0), 8: (0, 1)}.items():
+    sides = np.concatenate([HALVES[:16, :16] if a == 0 else HALVES[16:, :16], HALVES[:16, :16] if b == 0 else HALVES[16:, :16]], 1)
+    RIGHT[f"EXIF says {o}"] = (RIGHT[f"EXIF says {o}"][0], np.concatenate([sides, sides]), 4)
+
+# name -> (change, what the sentence says)
+REFUSED = {
+    "int32": (image(grey(70_000, np.int32), "train/cat/0.tif"), "32-bit"),
+    "int32, dark": (image(grey(7, np.int32), "train/cat/0.tif"), "32-bit"),
+    "float of 0 to 255": (image(grey(200., np.float32), "train/cat/0.tif"), "200"),
+    "float below 0": (image(grey(-0.5, np.float32), "train/cat/0.tif"), "-0.5"),
+    "NaN": (image(grey(np.nan, np.float32), "train/cat/0.tif"), "nan"),
+    "16-bit RGB, transparent": (raw(png(16, 2, DEEP_RGB, chunk(b"tRNS", struct.pack(">HHH", 0x8080, 0x4040, 0x2020)))), "transparent"),
+    "empty": (raw(b""), "0.png"),
+    "text": (raw(b"no image"), "0.png"),
+    "cut": (raw(encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)), format="PNG")[:600]), "0.png"),
+    "larger than memory": (raw(png(8, 2, b"", size=(60_000, 60_000))), "0.png"),
+    "HEIC": (raw(b"\0\0\0\x18ftypheic", "train/cat/0.heic"), "0.heic"),
+    "HEIC, capitals, one more": (both(lambda f: (f / "train/cat/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")), "IMG_1.HEIC"),
+    "dangling": (link("train/cat/9.png", "nowhere.png"), "9.png"),
+    "dangling class": (both(link("train/emu", "nowhere"), link("test/emu", "nowhere")), "emu"),
+    "dangling folder": (link("train/cat/more", "nowhere"), "more"),
+    "a link to itself": (link("train/cat/9.png", "9.png"), "9.png"),
+    "cannot be read": (link("train/cat/9.png", "/proc/self/mem"), "9.png"),
+    "no file": (fifo, "pipe.png"),
+    "name in Latin-1": (more(f"train/cat/{LATIN}.png"), "UTF-8"),
+    "class in Latin-1": (renamed("dog", LATIN), "UTF-8"),
+    "folder in Latin-1": (more(f"train/cat/{LATIN}/1.png"), "UTF-8"),
+    "composed and decomposed": (both(renamed("dog", NFC), more(f"train/{NFD}/0.png"), more(f"test/{NFD}/0.png")), "twice"),
+    "only hidden images": (both(lambda f: shutil.rmtree(f / "test/dog"), more("test/dog/.0.png")), "no image"),
+    "class in train only": (more("train/emu/0.png"), "'emu'"),
+    "class in test only": (more("test/emu/0.png"), "'emu'"),
+    "one class": (lambda f: [shutil.rmtree(f / part / "dog") for part in ("train", "test")], "two at least"),
+    "no folder": (lambda f: shutil.rmtree(f / "test"), "no folder"),
+    "a file for a folder": (both(lambda f: shutil.rmtree(f / "test"), lambda f: (f / "test").touch()), "no folder"),
+}
+
+
+def in_memory(f):
+    for call in (ds.check, ds.info, ds.load): result = call(f"imagefolder:{f}", "nowhere")
+    return result
+
+
+def streamed(f):
+    "The same folder as an ImageNet: every image is read."
+    root = f.parent
+    if (f / "test").exists(): (f / "test").rename(f / "val")
+    f.rename(root / "imagenet")
+    data = ds.load("imagenet", root)
+    return ds.Dataset(ds.replace(data.info, shape=(3, 224, 224)), *(s and ds.Split(s.x[torch.arange(len(s))], s.y) for s in (data.train, None, data.test)))
+
+
+@pytest.mark.parametrize("reader", [in_memory, streamed])
+@pytest.mark.parametrize("name", RIGHT)
+def test_an_odd_folder_is_read_rightly(name, reader, folder):
+    change, seen, n = RIGHT[name]
+    change(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)   # Pillow's, of an EXIF that cannot be read
+        data = reader(folder)
+    assert len(data.info.classes) == 2 and data.info.classes[0] == "cat"
+    assert data.train.y.tolist() == [0] * (n - 2) + [1] * 2 and data.test.y.tolist() == [0, 1]
+    scale = data.train.x.shape[-1] // 32
+    seen = torch.from_numpy(np.broadcast_to(np.array(seen, np.uint8), (32, 32, 3)).copy()).permute(2, 0, 1)
+    seen = seen.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    inside = [row for row in range(6, 26) if not 13 <= row <= 18]
+    for rows in inside:
+        for columns in inside[::4]:
+            assert (data.train.x[0, :, rows * scale, columns * scale].int() - seen[:, rows * scale, columns * scale].int()).abs().max() <= 1, (rows, columns)
+    flat_ones = data.train.x[-2:].float().mean((0, 2, 3))   # the dogs are as they were
+    assert (flat_ones - torch.tensor(DOG)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("reader", [in_memory, streamed])
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_impossible_folder_is_one_sentence(name, reader, folder):
+    change, says = REFUSED[name]
+    change(folder)
+    assert says in refused(reader, folder) or (reader is streamed and name in ("no folder", "a file for a folder"))
+
+
+def test_the_corpus_is_large(): assert len(RIGHT) + len(REFUSED) >= 70
