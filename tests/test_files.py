@@ -1,13 +1,21 @@
 "Files from the world: some seventy odd image folders end in a right result or in one sentence, read into memory and streamed alike."
-import io, os, shutil, struct, time, unicodedata, warnings, zlib
+import copy, io, os, shutil, struct, time, unicodedata, warnings, zlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.datasets import ImageFolder
 
-from adaptive_at import datasets as ds
+from adaptive_at import datasets as ds, training
+from adaptive_at.attacks import PGD
+from adaptive_at.datasets import balanced
+from adaptive_at.methods import Training, at
+from adaptive_at.networks import MNISTCNN, VGG16, NarrowResNet, Network
+from adaptive_at.training import Monitor, Run, State, check_batches, train
+from helpers import digits
 from test_datasets import refused
 
 CAT, DOG, WHITE = (200, 10, 10), (10, 10, 200), (255, 255, 255)
@@ -245,3 +253,199 @@ def test_an_impossible_folder_is_one_sentence(name, reader, folder):
 
 
 def test_the_corpus_is_large(): assert len(RIGHT) + len(REFUSED) >= 70
+
+
+def identity(f): return ds.info(f"imagefolder:{f}", "").identity
+
+
+def names_and_bytes(f):
+    "The identity that a folder had before orientation, transparency and depth counted."
+    h = ds.hashlib.sha256(b"RGB, shorter side 32, centre")
+    for part in ("train", "test"):
+        for path, _ in ImageFolder(f / part).samples:
+            h.update(f"{os.path.relpath(path, f)} {ds.hashlib.sha256(open(path, 'rb').read()).hexdigest()}\n".encode())
+    return h.hexdigest()[:16]
+
+
+SAME = ["as it is", "RGBA, opaque", "16-bit RGB PNG", "palette", "CMYK", "EXIF says 9", "EXIF cannot be read", "EXIF of a TIFF", "a folder in a class", "linked images", "capitals"]
+OTHER = ["16-bit PNG", "float TIFF", "RGBA, half", "palette, transparent", "EXIF says 3", "EXIF of a JPEG"]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated")
+@pytest.mark.parametrize("name", [*SAME, *OTHER])
+def test_the_identity_of_a_good_folder_stays_and_of_one_that_was_misread_changes(name, folder):
+    RIGHT[name][0](folder)
+    assert (identity(folder) == names_and_bytes(folder)) is (name in SAME)
+
+
+def test_classes_and_images_have_torchvisions_order(folder):
+    for name in ("Zebra/b.png", "Zebra/a.png", "_x/1.png", "ant 2/1.png", "ant 10/x/1.png", "ant 10/A.png", "ant 10/x.y/1.png", "ant 10/x/Z.png", "2/1.png", f"{NFC}/1.png", f"{NFD}s/1.png"):
+        for part in ("train", "test"): more(f"{part}/{name}")(folder)
+    classes, train, test = ds.scan_folder(folder)
+    for part, ours in (("train", train), ("test", test)):
+        theirs = ImageFolder(folder / part)
+        assert ours == theirs.samples and classes == tuple(unicodedata.normalize("NFC", c) for c in theirs.classes)
+    assert identity(folder) == names_and_bytes(folder)
+
+
+@pytest.mark.parametrize("reader", [in_memory, streamed])
+def test_a_folder_that_may_not_be_listed_is_one_sentence(reader, folder, monkeypatch):
+    listed = os.scandir
+    def scandir(path="."):
+        if str(path).endswith("dog"): raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "dog" in refused(reader, folder)
+
+
+def test_a_format_that_cannot_be_read_is_said_before_images_are_streamed(folder):
+    (folder / "test").rename(folder / "val")
+    folder.rename(folder.parent / "imagenet")
+    (folder.parent / "imagenet/val/dog/x.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    assert "x.heic" in refused(ds.info, "imagenet", folder.parent)
+
+
+@pytest.mark.parametrize("name", ["imagefolder:~nobody-here/x", "imagefolder:" + "x" * 5000])
+def test_a_folder_that_cannot_be_is_one_sentence(name):
+    for call in (ds.check, ds.info, ds.load): refused(call, name, "data")
+
+
+# Reading ahead
+
+def streaming(folder, n=2):
+    (folder / "test").rename(folder / "val")
+    folder.rename(folder.parent / "imagenet")
+    return ds.load("imagenet", folder.parent).train
+
+
+def test_little_shared_memory_changes_no_image(folder, monkeypatch):
+    split = streaming(folder)
+    monkeypatch.setattr(ds, "loaders", lambda: 2)
+    sent, read = [], ds.Reading
+    monkeypatch.setattr(ds, "Reading", lambda *args, piped=False: (sent.append(piped), read(*args, piped=piped))[1])
+    def epoch(room):
+        monkeypatch.setattr(ds, "shared_room", lambda: room)
+        return [(b.x, b.index) for b in ds.batches(split, 2, 1, ds.ResizedCrop())]
+    one = 2 * 3 * 224 * 224
+    large, small = epoch(6 * one), epoch(6 * one - 1)
+    assert sent == [False, True]
+    assert all(torch.equal(a, b) and torch.equal(i, j) for (a, i), (b, j) in zip(large, small, strict=True))
+
+
+class Slow(ds.Augment):
+    def read(self, images, index, key): time.sleep(30)
+
+
+class Killed(ds.Augment):
+    def read(self, images, index, key): os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("augment", [Slow(), Killed()])
+def test_images_that_never_arrive_are_one_sentence(augment, folder, monkeypatch):
+    split = streaming(folder)
+    monkeypatch.setattr(ds, "loaders", lambda: 1)
+    monkeypatch.setattr(ds, "PATIENCE", 0.5)
+    began = time.monotonic()
+    assert "reads images ahead" in refused(list, ds.batches(split, 2, 1, augment))
+    assert time.monotonic() - began < 15
+
+
+# Somebody's own Dataset
+
+def own(x=None, y=None, classes=3, n=12):
+    x = torch.randint(0, 256, (n, 1, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) if x is None else x
+    y = torch.arange(n) % 3 if y is None else y
+    info = ds.DatasetInfo("mine", "Mine", tuple(map(str, range(classes))), (1, 5, 5), n, 0, n, 0.1, ds.AS_IS, "mine")
+    good = ds.Split(torch.full((3, 1, 5, 5), 7, dtype=torch.uint8), torch.arange(3))
+    return ds.Dataset(info, ds.Split(x, y), None, good)
+
+
+@pytest.mark.parametrize("how, says", [
+    (dict(x=torch.rand(12, 1, 5, 5)), "float32"), (dict(x=255 * torch.rand(12, 1, 5, 5)), "float32"), (dict(x=torch.ones(12, 1, 5, 5, dtype=torch.int64)), "int64"),
+    (dict(x=torch.rand(12, 1, 5, 5).round().to(torch.uint8)), "0 or 1"), (dict(x=torch.zeros(12, 5, 5, dtype=torch.uint8)), "[12, 5, 5]"),
+    (dict(x=torch.zeros(12, 5, 5, 1, dtype=torch.uint8)), "[12, 5, 5, 1]"), (dict(x=np.zeros((12, 1, 5, 5), np.uint8)), "ndarray"),
+    (dict(y=torch.arange(11) % 3), "one label for each"), (dict(y=torch.zeros(12, 1, dtype=torch.long)), "one label for each"), (dict(y=torch.arange(12) % 3 + 1), "1 to 3"),
+    (dict(y=torch.arange(12) % 3 - 1), "-1 to 1"), (dict(y=(torch.arange(12) % 3).float()), "float32"), (dict(y=[0, 1, 2] * 4), "list"), (dict(classes=2), "0 to 2")])
+def test_a_dataset_that_is_none_is_refused_when_it_is_made(how, says):
+    text = refused(lambda: own(**how))
+    assert says in text and "'mine'" in text and "train" in text
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int16])
+def test_whole_labels_of_any_type_become_int64(kind):
+    data = own(y=(torch.arange(12) % 3).to(kind))
+    assert data.train.y.dtype == torch.int64 and data.train.y.tolist() == [0, 1, 2] * 4
+    moved = data.to("cpu")
+    assert type(moved) is ds.Dataset and moved.train.y.tolist() == data.train.y.tolist() and moved.val is None and moved.info is data.info
+
+
+# Two folders of one name
+
+def test_folders_of_one_name_are_told_apart():
+    def info(path, label): return ds.replace(ds.DIGITS, name=f"imagefolder:{path}", label=label)
+    infos = [info("/a/x/own", "imagefolder own"), info("/b/x/own", "imagefolder own"), info("/b/x/other", "imagefolder other"), ds.DIGITS,
+             info("/a/cifar10-jpeg", "CIFAR-10 (JPEG copy)"), info("/b/cifar10-jpeg", "CIFAR-10 (JPEG copy)")]
+    assert [i.label for i in ds.told_apart(infos)] == ["imagefolder a/x/own", "imagefolder b/x/own", "imagefolder other", ds.DIGITS.label,
+                                                      "CIFAR-10 (JPEG copy) a/cifar10-jpeg", "CIFAR-10 (JPEG copy) b/cifar10-jpeg"]
+    assert ds.told_apart(infos[:1]) == infos[:1] and ds.told_apart(2 * infos[:1]) == 2 * infos[:1]
+
+
+# A batch of one image
+
+@dataclass(frozen=True)
+class Point(Network):
+    "Batch norm of one number per channel and image."
+    label, threads = "point", 1
+    def parts(self, channels): return nn.Sequential(nn.Flatten(), nn.Linear(25 * channels, 6), nn.BatchNorm1d(6), nn.ReLU()), 6
+
+
+def run_of(data, batch, network=Point(), epochs=2):
+    return Run("mine", data.info.identity, network, at(0.1, steps=2), Training(epochs=epochs, batch=batch), Monitor(PGD(0.05, 1), 0.1, every=5))
+
+
+def trained(r, data, **how):
+    state = State(r, data)
+    return train(r, data, state, tell=lambda line: None, **how)
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before(monkeypatch):
+    data, sizes = own(n=9), []
+    with pytest.raises(ValueError, match="more than 1 value"): State(run_of(data, 4), data).model.train()(torch.rand(1, 1, 5, 5))
+    assert State(run_of(data, 4), data).sizes(4) == [4, 5] and State(run_of(data, 8), data).sizes(8) == [9]
+    assert State(run_of(data, 9), data).sizes(9) == [9] and State(run_of(data, 5), data).sizes(5) == [5, 4]
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda method, model, bank, optimiser, batch, *rest: (sizes.append(batch.index.tolist()), step(method, model, bank, optimiser, batch, *rest))[1])
+    state = trained(run_of(data, 4), data)
+    assert [len(s) for s in sizes] == [4, 5] * 2 and all(sorted(sizes[i] + sizes[i + 1]) == [*range(9)] for i in (0, 2))
+    assert all(np.isfinite(h["loss"]) for h in state.history)
+
+
+def test_it_goes_on_after_any_batch_to_the_same_weights():
+    data = own(n=9)
+    r, saved = run_of(data, 4), []
+    whole = trained(r, data, save=lambda state: saved.append(copy.deepcopy(state.state_dict())), due=lambda: True)
+    assert [s["batch"] for s in saved] == [1, 0, 1, 0]
+    for s in saved[:3]:
+        state = State(r, data)
+        state.load_state_dict(copy.deepcopy(s))
+        train(r, data, state, tell=lambda line: None)
+        assert all(torch.equal(a, b) for a, b in zip(state.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_networks_that_train_on_one_image_still_do():
+    data = own(n=9)
+    assert State(run_of(data, 4, NarrowResNet(width_factor=4)), data).sizes(4) == [4, 4, 1]   # maps of several pixels
+    assert State(run_of(data, 4, MNISTCNN(filters=(4, 4), hidden=8)), data).sizes(4) == [4, 4, 1]                     # no batch norm
+
+
+def test_vgg16_trains_on_129_digits():
+    few = balanced(digits().train.y, 129)
+    assert State(replace(run_of(digits(), 128, VGG16()), train_examples=129), digits()).sizes(128) == [129] and len(few) == 129
+
+
+def test_a_batch_that_is_one_image_for_a_process_is_refused():
+    data = own(n=9)
+    assert "point" in refused(trained, run_of(data, 1), data)
+    assert "2 processes" in refused(lambda: trained(run_of(own(n=10), 4), own(n=10), team=type("Two", (training.Alone,), {"size": 2})()))
+    assert "point" in refused(trained, replace(run_of(data, 4), train_examples=1), data)
+    check_batches(run_of(own(n=12), 4), State(run_of(own(n=12), 4), own(n=12)), type("Two", (training.Alone,), {"size": 2})())
