@@ -446,6 +446,7 @@ def in_mode(
     finally:
         for m, training in was: m.training = training
 
+# %% ../nbs/20_networks.ipynb #20c0f0a2
 @torch.no_grad()
 def fewest_images(model: nn.Module, x: Tensor) -> int:   # `x`: some images [B,C,H,W]
     "How many images a network needs in train mode: 2 where a batch norm sees one number per channel of an image, and could not tell how they vary."

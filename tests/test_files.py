@@ -2,9 +2,12 @@
 import copy, io, os, shutil, struct, time, unicodedata, warnings, zlib
 from dataclasses import dataclass, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.cbook import is_math_text
 from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
@@ -12,8 +15,13 @@ from torchvision.datasets import ImageFolder
 from adaptive_at import datasets as ds, training
 from adaptive_at.attacks import PGD
 from adaptive_at.datasets import balanced
+from adaptive_at.figures import embeddings, styled
 from adaptive_at.methods import Training, at
 from adaptive_at.networks import MNISTCNN, VGG16, NarrowResNet, Network
+from adaptive_at.papers.table1_daat import TABLE
+from adaptive_at.parameters import start
+from adaptive_at.plans import Plan, settle
+from adaptive_at.tables import Results
 from adaptive_at.training import Monitor, Run, State, check_batches, train
 from helpers import digits
 from test_datasets import refused
@@ -449,3 +457,52 @@ def test_a_batch_that_is_one_image_for_a_process_is_refused():
     assert "2 processes" in refused(lambda: trained(run_of(own(n=10), 4), own(n=10), team=type("Two", (training.Alone,), {"size": 2})()))
     assert "point" in refused(trained, replace(run_of(data, 4), train_examples=1), data)
     check_batches(run_of(own(n=12), 4), State(run_of(own(n=12), 4), own(n=12)), type("Two", (training.Alone,), {"size": 2})())
+
+
+def folders_of_one_name(folder, *homes):
+    "Copies of a folder, given as the datasets of a table."
+    for home in homes: shutil.copytree(folder, folder.parent / home)
+    return ",".join(f"imagefolder:{folder.parent / home}" for home in homes)
+
+
+def planned(datasets, tmp_path, table=TABLE, **asked):
+    q = dict(preset="quick", datasets=datasets, device="cpu", rows="Natural", columns="natural", figures="none", outputs=str(tmp_path / "outputs"), data_root=str(tmp_path))
+    return Plan(table, settle(start(table.name, q | asked)))
+
+
+def test_a_table_of_two_folders_of_one_name_tells_them_apart(folder, tmp_path):
+    plan = planned(folders_of_one_name(folder, "a/own", "b/own"), tmp_path)
+    labels = ["imagefolder a/own", "imagefolder b/own"]
+    assert [b.info.label for b in plan.blocks] == labels and [plan.named(b) for b in plan.blocks] == labels
+    results = Results(plan)
+    assert list(results.frame.dataset.unique()) == labels and all(label in results.heading() for label in labels)
+    assert len({run.id for b in plan.blocks for runs in b.runs.values() for run in runs}) == 1   # the content is the same: one run, which is trained once
+
+
+def test_figures_of_folders_in_other_scripts_do_not_replace_each_other(folder, tmp_path):
+    plan = planned(folders_of_one_name(folder, "x", "犬", "猫", "鳥"), tmp_path, replace(TABLE, figures={}), figures="fig4")
+    Results(plan).figure("fig4", lambda results, block: plt.figure())
+    plt.close("all")
+    assert len([*(tmp_path / "outputs").rglob("*.png")]) == 4
+
+
+# Names of classes
+
+NAMES = ("5$ or 10$", r"$\frac$", "a_b", "_c", "<b>&amp;", "犬", "é", "two\nlines", "$x^$", "\U0010FFFD")
+
+
+def test_odd_names_of_classes_are_drawn_letter_by_letter():
+    y, rng = np.arange(60) % 10, np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fig = embeddings({"map": rng.normal(size=(60, 3)) + y[:, None]}, y, {}, NAMES)
+        fig.canvas.draw()
+    shown = [t.get_text() for t in fig.axes[0].texts]
+    plt.close(fig)
+    assert len(shown) == len(set(shown)) == 10
+    assert not any(is_math_text(t) for t in shown)
+    assert [t.replace(r"\$", "$") for t in shown][:5] == list(NAMES[:5]) and shown[6] == "é"
+
+
+def test_a_dollar_in_a_table_begins_no_formula():
+    assert "mathjax_ignore" in styled(pd.DataFrame({"a": [1]}, index=["5$ and 10$"]), "caption", []).to_html()
