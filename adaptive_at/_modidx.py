@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                       'adaptive_at.datasets.Split.__repr__': ('datasets.html#split.__repr__', 'adaptive_at/datasets.py'),
                                       'adaptive_at.datasets.Split.part': ('datasets.html#split.part', 'adaptive_at/datasets.py'),
                                       'adaptive_at.datasets.Split.to': ('datasets.html#split.to', 'adaptive_at/datasets.py'),
+                                      'adaptive_at.datasets._as_it_is': ('datasets.html#_as_it_is', 'adaptive_at/datasets.py'),
                                       'adaptive_at.datasets._paths': ('datasets.html#_paths', 'adaptive_at/datasets.py'),
                                       'adaptive_at.datasets._read': ('datasets.html#_read', 'adaptive_at/datasets.py'),
                                       'adaptive_at.datasets._scan_imagenet': ('datasets.html#_scan_imagenet', 'adaptive_at/datasets.py'),

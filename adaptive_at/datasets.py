@@ -353,6 +353,9 @@ class Reading:
         return x.numpy() if self.piped else x
 
 
+def _as_it_is(x): return x   # the loader would make a tensor of an array
+
+
 PATIENCE = 600   # seconds that a batch of images may take to arrive
 
 
@@ -380,7 +383,8 @@ def read_ahead(
     waiting = 2 * (workers + 1) * int(os.environ.get('LOCAL_WORLD_SIZE', 1))   # batches: two of each worker, and two in use
     how = 'fork' if workers and sys.platform.startswith('linux') else None   # where the platform's, or a caller's, way is another one, workers could not find what a notebook defines
     reading = Reading(files.to('cpu'), augment, key, piped=workers > 0 and waiting * size > shared_room())
-    loader = DataLoader(reading, batch_size=None, sampler=[index.tolist() for index in parts], num_workers=workers, multiprocessing_context=how, timeout=PATIENCE if workers else 0,
+    loader = DataLoader(reading, batch_size=None, sampler=[index.tolist() for index in parts], collate_fn=_as_it_is,
+                        num_workers=workers, multiprocessing_context=how, timeout=PATIENCE if workers else 0,
                         pin_memory=files.device.type == 'cuda', generator=torch.Generator())   # its own generator: it draws a seed, of no use here, from torch's otherwise
     for x in arriving(loader):
         if isinstance(x, UserError): raise x
