@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'SHORT', 'LARGE', 'CROP_FLIP', 'AS_IS', 'DIGITS', 'PATIENCE', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES',
-           'OFFICIAL', 'NAMES', 'IMAGES', 'HIDDEN', 'SIDE', 'IMAGENET', 'IMAGENET_PARTS', 'Split', 'Augment',
+           'OFFICIAL', 'NAMES', 'USUAL', 'IMAGES', 'HIDDEN', 'SIDE', 'IMAGENET', 'IMAGENET_PARTS', 'Split', 'Augment',
            'orientation', 'is_deep', 'is_transparent', 'eight_bits', 'on_white', 'picture', 'rgb', 'centre',
            'ImageFiles', 'ResizedCrop', 'DatasetInfo', 'checked', 'Dataset', 'occurrence', 'read_digits',
            'content_hash', 'Batch', 'to_unit', 'loaders', 'shared_room', 'Reading', 'arriving', 'read_ahead', 'cut',
@@ -581,7 +581,8 @@ def download(name: str, root: Path) -> None:
                         f'{" and ".join(Path(p).name for _, p, _ in wanted)} into {(root/wanted[0][1]).parent} yourself.') from e
 
 # %% ../nbs/10_datasets.ipynb #6f1e0a22
-IMAGES = tuple('.jpg .jpeg .jpe .jfif .png .ppm .pgm .pbm .pnm .bmp .tif .tiff .webp .gif .jp2 .j2k .j2c .jpc .jpx .jpf .tga .avif .heic .heif .jxl'.split())
+USUAL = tuple('.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp'.split())   # torchvision's
+IMAGES = USUAL + tuple('.jpe .jfif .pbm .pnm .gif .jp2 .j2k .j2c .jpc .jpx .jpf .tga .avif .heic .heif .jxl'.split())
 HIDDEN = '__MACOSX', '@eaDir'   # what archives and network drives add; names that begin with a dot are hidden as well
 
 
@@ -690,10 +691,11 @@ def is_seen_otherwise(
 ) -> bool:
     "Do orientation, transparency or depth make other pixels of a file than plain decoding, which earlier versions did? Raises UserError for what is no image."
     from PIL import Image
+    marked = any(mark in raw for mark in (b'Exif', b'eXIf', b'EXIF', b'rientation'))
+    if raw.startswith(b'\xff\xd8') and not marked: return False   # a JPEG is neither deep nor transparent, and most files are JPEGs
     try:
         with Image.open(path) as image:
-            turned = any(mark in raw for mark in (b'Exif', b'eXIf', b'EXIF', b'rientation')) and orientation(image) != 1
-            if not (turned or is_deep(image) or is_transparent(image)): return False
+            if not (marked and orientation(image) != 1 or is_deep(image) or is_transparent(image)): return False
             plain = image.convert('RGB')
     except Exception:
         rgb(path)   # says what is wrong
@@ -740,7 +742,8 @@ def scan_imagenet(
 @functools.lru_cache(maxsize=1)
 def _scan_imagenet(folder: Path, changed: tuple[int, ...]) -> tuple[DatasetInfo, tuple[Split, Split]]:
     classes, *parts = scan_folder(folder, IMAGENET_PARTS)
-    for path in {Path(path).suffix.lower(): path for samples in parts for path, _ in samples}.values(): rgb(path)   # can these formats be read here?
+    rare = {Path(path).suffix.lower(): path for samples in parts for path, _ in samples if not path.lower().endswith(USUAL)}
+    for path in rare.values(): rgb(path)   # can this format be read here?
     h, splits = hashlib.sha256(b'RGB, shorter side 256, centre 224'), []
     for samples in parts:
         names = [os.fsencode(os.path.relpath(path, folder)) for path, _ in samples]

@@ -11,6 +11,7 @@ from matplotlib.cbook import is_math_text
 from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from adaptive_at import datasets as ds, training
 from adaptive_at.attacks import PGD
@@ -258,6 +259,9 @@ def test_an_impossible_folder_is_one_sentence(name, reader, folder):
     change, says = REFUSED[name]
     change(folder)
     assert says in refused(reader, folder) or (reader is streamed and name in ("no folder", "a file for a folder"))
+
+
+def test_torchvisions_formats_are_the_usual_ones(): assert sorted(ds.USUAL) == sorted(IMG_EXTENSIONS)
 
 
 def test_the_corpus_is_large(): assert len(RIGHT) + len(REFUSED) >= 70
