@@ -586,9 +586,9 @@ IMAGES = USUAL + tuple('.jpe .jfif .pbm .pnm .gif .jp2 .j2k .j2c .jpc .jpx .jpf 
 HIDDEN = '__MACOSX', '@eaDir'   # what archives and network drives add; names that begin with a dot are hidden as well
 
 
-def refuse_name(path: str) -> None:
-    "Raises UserError where a file's name is not UTF-8."
-    try: os.path.basename(path).encode()
+def refuse_name(name: str, path: str) -> None:   # `path`: of what is called so
+    "Raises UserError where a name is not UTF-8."
+    try: name.encode()
     except UnicodeEncodeError as e:
         raise UserError(f'datasets: the name of {os.fsencode(path)} is not UTF-8, so other machines would read it otherwise; rename it.') from e
 
@@ -598,7 +598,7 @@ def entries(folder: str|Path) -> list[os.DirEntry]:
     found = sorted((e for e in os.scandir(folder) if not e.name.startswith('.') and e.name not in HIDDEN), key=lambda e: e.name)
     for e in found:
         kind = Path(e.name).suffix.lower()
-        if e.is_dir(): refuse_name(e.path)
+        if e.is_dir(): refuse_name(e.name, e.path)
         elif kind in ('', *IMAGES) and e.is_symlink() and not os.path.exists(e.path):
             raise UserError(f'datasets: {os.fsencode(e.path).decode(errors="replace")} is a link that leads nowhere; mend it or remove it.')
     return found
@@ -611,7 +611,7 @@ def image_files(folder: str, above: tuple[str, ...]) -> dict[str, list[str]]:   
     for e in entries(folder):
         if e.is_dir(): deeper |= image_files(e.path, (*above, here))
         elif e.name.lower().endswith(IMAGES):
-            refuse_name(e.path)
+            refuse_name(e.name, e.path)
             if not e.is_file(): raise UserError(f'datasets: {e.path} is called like an image and is no file; remove it.')
             names.append(e.name)
     return {folder: names} | deeper
@@ -638,7 +638,9 @@ SIDE = 32   # pixels, of the images of an image folder
 
 def folder_path(name: str) -> Path:
     "The folder that `imagefolder:PATH` names."
-    return project_root()/os.path.expanduser(name.partition(':')[2])
+    path = os.path.expanduser(name.partition(':')[2])
+    refuse_name(path, path)
+    return project_root()/path
 
 
 def scan_folder(

@@ -317,7 +317,7 @@ def test_a_format_that_cannot_be_read_is_said_before_images_are_streamed(folder)
     assert "x.heic" in refused(ds.info, "imagenet", folder.parent)
 
 
-@pytest.mark.parametrize("name", ["imagefolder:~nobody-here/x", "imagefolder:" + "x" * 5000])
+@pytest.mark.parametrize("name", ["imagefolder:~nobody-here/x", "imagefolder:" + "x" * 5000, f"imagefolder:{LATIN}/own"])
 def test_a_folder_that_cannot_be_is_one_sentence(name):
     for call in (ds.check, ds.info, ds.load): refused(call, name, "data")
 
