@@ -317,9 +317,13 @@ def test_a_format_that_cannot_be_read_is_said_before_images_are_streamed(folder)
     assert "x.heic" in refused(ds.info, "imagenet", folder.parent)
 
 
-@pytest.mark.parametrize("name", ["imagefolder:~nobody-here/x", "imagefolder:" + "x" * 5000, f"imagefolder:{LATIN}/own"])
+@pytest.mark.parametrize("name", ["imagefolder:~nobody-here/x", "imagefolder:" + "x" * 5000])
 def test_a_folder_that_cannot_be_is_one_sentence(name):
     for call in (ds.check, ds.info, ds.load): refused(call, name, "data")
+
+
+def test_a_folder_whose_own_name_is_not_utf8_is_refused_as_no_table_could_name_it(folder):
+    for call in (ds.check, ds.info, ds.load): assert "UTF-8" in refused(call, f"imagefolder:{folder.rename(folder.parent / LATIN)}", "data") and (folder.parent / LATIN).rename(folder)
 
 
 # Reading ahead
