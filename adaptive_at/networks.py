@@ -9,7 +9,7 @@ __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGEN
            'ResNet101', 'ResNet152', 'ImageNetStem', 'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152',
            'NarrowResNet', 'PreActBlock', 'preact_body', 'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid',
            'ScoreMap', 'IAATWideResNet', 'Dropout', 'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network',
-           'in_mode', 'normed_convolutions', 'folded', 'same_when_folded', 'frozen', 'fingerprint']
+           'in_mode', 'fewest_images', 'normed_convolutions', 'folded', 'same_when_folded', 'frozen', 'fingerprint']
 
 # %% ../nbs/20_networks.ipynb #63958479
 from collections import Counter
@@ -471,6 +471,19 @@ def in_mode(
     try: yield model
     finally:
         for m, training in was: m.training = training
+
+# %% ../nbs/20_networks.ipynb #20c0f0a2
+@torch.no_grad()
+def fewest_images(model: nn.Module, x: Tensor) -> int:   # `x`: some images [B,C,H,W]
+    "How many images a network needs in train mode: 2 where a batch norm sees one number per channel of an image, and could not tell how they vary."
+    seen = [1]
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None: seen.append(1 + (inputs[0][:1].numel() == inputs[0].shape[1]))
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    try:
+        with in_mode(model, 'eval'): model(x[:1])
+    finally:
+        for hook in hooks: hook.remove()
+    return max(seen)
 
 # %% ../nbs/20_networks.ipynb #b6a2e905
 def normed_convolutions(

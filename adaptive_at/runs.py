@@ -59,7 +59,7 @@ def restored(path: Path, run: Run, data: Dataset, device: str|torch.device) -> S
     try: state.load_state_dict(saved)
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e: raise Damaged(path, f'does not fit this run ({type(e).__name__})') from e
-    steps = -(-len(state.subset) // run.training.batch)
+    steps = len(state.sizes(run.training.batch))
     if path.stem == 'within' and not (0 <= state.epoch == len(state.history) < run.training.epochs and 0 < state.batch < steps): raise Damaged(path, f'says that it is of epoch {state.epoch} and batch {state.batch}, with {len(state.history)} epochs in its history')
     if path.stem != 'within' and not (0 < state.epoch == len(state.history) <= run.training.epochs and state.batch == 0): raise Damaged(path, f'says that it is of epoch {state.epoch}, with {len(state.history)} in its history')
     return state

@@ -285,12 +285,14 @@ def figure(self:Results,
     from IPython.display import display
     plan = self.plan
     if plan.parameters.dry_run or name not in plan.figures: return print(self._skipped(name))
+    stems = [slug(plan.named(block)) for block in plan.blocks]
     for i, block in enumerate(plan.blocks):
         if missing := [r for r in plan.table.figures.get(name, Needs()).rows if not all(plan.store.finished(run) for run in block.runs[r])]:
             print(f'{name}: not drawn for {plan.named(block)}, because {", ".join(missing)} did not train to the end')
             continue
         if (fig := draw(self, block)) is None: continue
-        path = plan.folder/('_'.join([name, *([slug(plan.named(block))] if i else [])]) + '.png')
+        known = stems[i] + f'-{i}' * (stems[i] in stems[1:i])   # names in other scripts may leave the same letters
+        path = plan.folder/('_'.join([name, *([known] if i else [])]) + '.png')
         with replacing(path) as part: fig.savefig(part, format='png')
         display(fig)
         plt.close(fig)
