@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from torch import Tensor
-from .core import UserError
+from .core import Unreadable, UserError
 from .datasets import Dataset, DatasetInfo
 from .evaluation import Column, evaluate, evaluation, interval
 from .networks import Classifier, Network, fingerprint
 from .parameters import start
 from .plans import Plan, Table, settle
+from .seals import is_circumstance, why_failed
 
 NORMALISATION = ('mean', 'std'), ('mu', 'sigma')  # what buffers with an input normalisation are called
 UNUSED = ('sub_block1.',)                         # of TRADES' WideResNet: a block that is built and never called
@@ -30,8 +31,8 @@ def tensors(file: Path) -> dict[str, Tensor]:
             saved = load_file(file)
         else: saved = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError as e: raise UserError(f'{file} does not exist.') from e
-    except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:  # torch raises a dozen types
+        if is_circumstance(e): raise Unreadable(f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.') from e
         raise UserError(f'{file} cannot be read as plain tensors ({type(e).__name__}); save `model.state_dict()` alone with torch.save, where you trust the file.') from e
     for name in ('state_dict', 'model_state_dict', 'model', 'net'):
         if isinstance(saved, Mapping) and isinstance(saved.get(name), Mapping): saved = saved[name]
