@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument('--outputs', default='outputs', help='the folder that holds `runs` (default: outputs)')
     train.add_argument('--data-root', default='data', help='where datasets are, or are downloaded to (default: data)')
     train.add_argument('--dataset', help='its name as in the tables; only an image folder, whose place no spec holds, must be named: imagefolder:PATH')
+    train.add_argument('--allow', action='append', default=[], metavar='MODULE', help='a module of yours, beside this package, that the spec may name; it is imported (repeat it for several)')
     train.add_argument('--device', default='', choices=('', 'cpu', 'cuda'), help='(default: cuda where there is one)')
     return root
 
@@ -59,7 +60,7 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     from adaptive_at.parallel import together
     from adaptive_at.runs import Store
     with together(told.device) as (team, device):
-        run = specified(told.spec, outputs)
+        run = specified(told.spec, outputs, told.allow)
         data = datasets.load(told.dataset or run.dataset, project_root()/told.data_root, device)
         if data.info.identity != run.content: raise UserError(f'the run is of other data than {data.info.label} in {told.data_root} (content {run.content}, and not {data.info.identity}); name its data with --dataset and --data-root.')
         if team.rank: team.follow(data)
@@ -69,16 +70,21 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     return 0
 
 
-def specified(spec: str, outputs: Path) -> 'Run':
-    "The run of a `spec.json`, wherever it is, or of a folder of the store."
+def specified(
+    spec: str,                # a `spec.json`, wherever it is, a folder of the store, a run id or its beginning
+    outputs: Path,            # the folder that holds `runs`
+    allow: Sequence[str] = () # modules outside this package that it may name
+) -> 'Run':
+    "The run of a spec. Raises a `UserError` where it is not that of a run, or names what is not allowed."
     from adaptive_at.inventory import everything, picked
     from adaptive_at.seals import read_sealed
-    path = next((p for p in (Path(spec), Path(spec)/'spec.json') if p.is_file()), None)
+    try: path = next((p for p in (Path(spec), Path(spec)/'spec.json') if p.is_file()), None)
+    except OSError: path = None   # too long for a file's name
     try: path = path or picked(everything(outputs), spec).folder/'spec.json'
     except UserError as e: raise UserError(f'there is no spec.json at {spec!r}, and {e}') from None
     told = read_sealed(path).get('run')
     if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{path} is not the spec of a run.')
-    return revived(told)
+    return revived(told, allow)
 
 
 def act(told: argparse.Namespace, outputs: Path) -> int:

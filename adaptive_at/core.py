@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'CARRIED', 'NO_LOCKS', 'BEAT', 'STALE', 'UserError', 'Unreadable', 'one_of', 'values_of', 'at_least',
            'SourceUnknown', 'qualified', 'normalised', 'sources', 'describe', 'digest', 'carried', 'unhashed',
-           'revived', 'Milestones', 'Ramp', 'in_epoch', 'replacing', 'slug', 'write_text', 'cannot_read', 'read_json',
-           'write_json', 'Busy', 'Heartbeat', 'held_by', 'locked', 'project_root']
+           'revived', 'foreign_modules', 'Milestones', 'Ramp', 'in_epoch', 'replacing', 'slug', 'write_text',
+           'cannot_read', 'read_json', 'write_json', 'Busy', 'Heartbeat', 'held_by', 'locked', 'project_root']
 
 # %% ../nbs/00_core.ipynb #83f74f3c
 import ast, dataclasses, errno, hashlib, inspect, json, linecache, math, os, platform, re, sys, tempfile, textwrap, threading, time
+from collections.abc import Collection
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 from symtable import SymbolTable, symtable
-from typing import Any, Callable
+from types import UnionType
+from typing import Any, Callable, Union, get_args, get_origin, get_type_hints
 from filelock import FileLock, Timeout
 
 # %% ../nbs/00_core.ipynb #14077eac
@@ -205,30 +207,92 @@ def unhashed(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={'hashed': False}, compare=False)
 
 # %% ../nbs/00_core.ipynb #f586d77b
-def revived(told: Any) -> Any:
-    "The value that `describe` told of, in a process that never saw it."
-    value = _revived(told)
+def revived(
+    told: Any,                    # what `describe` said
+    allow: Collection[str] = ()   # modules outside this package whose pieces it may name; only these are imported
+) -> Any:
+    "The value that `describe` told of, in a process that never saw it. Raises a `UserError` for all that no run of this package says."
+    try: value = _revived(told, allow)
+    except RecursionError as e: raise UserError('the spec is nested too deeply to be that of a run.') from e
     if describe(value) != told: raise UserError('the spec was written by another version of this package, or its code: run the table again, which writes its own.')
     return value
 
 
-def _revived(told: Any) -> Any:
-    if isinstance(told, list): return tuple(map(_revived, told))
+def foreign_modules(described: Any) -> list[str]:
+    "The modules outside this package whose pieces a description names, sorted."
+    if isinstance(described, list): return sorted({m for part in described for m in foreign_modules(part)})
+    if not isinstance(described, dict): return []
+    found = {m for part in described.values() for m in foreign_modules(part)}
+    name = described.get('piece') or described.get('function')
+    if isinstance(name, str) and name.partition('.')[0] != PACKAGE: found.add(name.rpartition('.')[0])
+    return sorted(found)
+
+# %% ../nbs/00_core.ipynb #51c12983
+def _revived(told: Any, allow: Collection[str]) -> Any:
+    if isinstance(told, list): return tuple(_revived(v, allow) for v in told)
     if not isinstance(told, dict): return told
-    if 'function' in told: return _named(told['function'])
-    if 'piece' not in told: return {k: _revived(v) for k, v in told.items()}
-    kind = _named(told['piece'])
-    if any(not f.metadata.get('hashed', True) for f in dataclasses.fields(kind)): raise UserError(f'{told["piece"]} needs more than a spec says, so only the process that made it can train with it.')
-    return kind(**{k: _revived(v) for k, v in told.items() if k not in ('piece', 'version', 'source')})
+    if 'function' in told: return _named(told['function'], allow)
+    if 'piece' not in told: return {k: _revived(v, allow) for k, v in told.items()}
+    name, kind = told['piece'], _named(told['piece'], allow)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)): raise UserError(f'the spec names {name} as a piece, which is none; only a dataclass can be one.')
+    if any(not f.metadata.get('hashed', True) for f in dataclasses.fields(kind)): raise UserError(f'{name} needs more than a spec says, so only the process that made it can train with it.')
+    wanted = {f.name for f in dataclasses.fields(kind)}
+    given = told.keys() - ({'piece', 'version', 'source'} - wanted)   # DRA has a field that is called source
+    if given != wanted: raise UserError(_other_fields(name, wanted - given, given - wanted))
+    return _made(name, kind, {k: _revived(told[k], allow) for k in given})
 
 
-def _named(name: str) -> type|Callable:
-    "The class or function of this qualified name."
+def _other_fields(name: str, missing: set[str], unknown: set[str]) -> str:
+    wrong = [f'no {", ".join(sorted(missing))}'] * bool(missing) + [f'{", ".join(sorted(unknown))}, which it does not know'] * bool(unknown)
+    return f'the spec gives {name} {" and ".join(wrong)}; it is no spec, or one of another version of this package.'
+
+
+def _named(name: Any, allow: Collection[str]) -> type|Callable:
+    "The class or function of this qualified name, in a module of this package or in one that is allowed."
+    if not isinstance(name, str): raise UserError(f'the spec names {_brief(name)} as a piece, which is no name.')
     module, _, rest = name.rpartition('.')
+    ours = module.partition('.')[0] == PACKAGE
+    if module != '__main__' and not ours and module not in allow:
+        raise UserError(f'the spec names {name}, which is not of this package; where you trust the module {module}, which is imported then, add `--allow {module}`.')
     try:
         if module == '__main__': raise ImportError
-        return getattr(import_module(module), rest)
+        found = getattr(import_module(module), rest)
     except (ImportError, AttributeError) as e: raise UserError(f'{name} is defined where other processes cannot import it, as in a notebook; put it into a module, or train with one process.') from e
+    if not (isinstance(found, type) or inspect.isfunction(found) and not ours) or qualified(found) != name: raise UserError(f'the spec names {name} as a piece, which is none.')
+    return found
+
+# %% ../nbs/00_core.ipynb #e0b5ed5a
+def _made(name: str, kind: type, values: dict[str, Any]) -> Any:
+    "The piece with these values, where they are of the kinds that its fields declare."
+    try: hints = get_type_hints(kind)
+    except NameError: hints = {}   # of a class inside a function
+    for field, value in values.items():
+        if not _fits(value, hints.get(field, Any)): raise UserError(f'the spec gives {name} {field} {_brief(value)}; it must be {_brief(hints[field])}.')
+    try: return kind(**values)
+    except UserError: raise
+    except Exception as e: raise UserError(f'the spec gives {name} values that it does not take ({type(e).__name__}: {e}).') from e
+
+
+def _brief(value: Any) -> str:
+    text = value.__name__ if isinstance(value, type) else re.sub(r'\b(\w+\.)+(?=[A-Z])', '', repr(value))
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    "May a field that declares `hint` hold `value`? A schedule may stand for any number; a piece of the user's, or one with the same methods, for any piece."
+    if isinstance(hint, UnionType) or get_origin(hint) is Union: return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float): return isinstance(value, (Milestones, Ramp)) or isinstance(value, (int, hint)) and not isinstance(value, bool)
+    kind, each = get_origin(hint) or hint, get_args(hint)
+    if kind is tuple and each[1:] == (...,): return isinstance(value, tuple) and all(_fits(v, each[0]) for v in value)
+    try: right = isinstance(value, kind)
+    except TypeError: return True   # `Any`, or a protocol: nothing to compare with
+    if right or not dataclasses.is_dataclass(kind) or not dataclasses.is_dataclass(value): return right
+    return _is_foreign(type(value)) or bool(_methods(kind)) and _methods(kind) <= set(dir(value))
+
+
+def _methods(kind: type) -> set[str]:
+    "The methods of a class that others call: whatever has them all can stand in its place."
+    return {name for base in kind.__mro__ for name, value in vars(base).items() if inspect.isfunction(value) and (name == '__call__' or not name.startswith('_'))}
 
 # %% ../nbs/00_core.ipynb #95065bc6
 @dataclasses.dataclass(frozen=True)
