@@ -95,15 +95,18 @@ def act(told: argparse.Namespace, outputs: Path) -> int:
         print(f'{take_in(told.file, outputs/"runs").name} is in the store; all that could be checked agrees.')
         return 0
     if not (outputs/'runs').is_dir(): raise UserError(f'{outputs} holds no runs; name the folder with --outputs.')
-    runs = inventory(outputs, project_root()/'data')
-    if told.what in (None, 'list'): print(listing(runs))
+    hidden = []
+    runs = inventory(outputs, project_root()/'data', hidden.append)
+    if told.what in (None, 'list'):
+        print(listing(runs))
+        for sentence in hidden: print(sentence, file=sys.stderr)
     if told.what == 'show': print(shown(picked(runs, told.id)))
     if told.what == 'export':
         run = picked(runs, told.id)
         export(run.folder, told.file)
         print(f'{run.folder.name} is written to {told.file}')
     if told.what == 'verify': return verify(runs)
-    if told.what == 'prune': return prune(runs, told.yes)
+    if told.what == 'prune': return prune(runs, told.yes, hidden)
     return 0
 
 
@@ -116,10 +119,20 @@ def verify(runs: list) -> int:
     return 1 if found else 0
 
 
-def prune(runs: list, yes: bool) -> int:
-    "Remove what no table needs."
+def prune(
+    runs: list,
+    yes: bool,             # do not ask
+    hidden: Sequence[str]  # what may need a run and cannot be read: a sentence each
+) -> int:
+    "Remove what no table needs. While something that may need a run cannot be read, nothing is."
     from adaptive_at.inventory import listing, megabytes, remove
-    spare = [s for s in runs if not s.tables]
+    if hidden:
+        for sentence in hidden: print(sentence, file=sys.stderr)
+        print('nothing was removed, because not all that tables need is known', file=sys.stderr)
+        return 1
+    spare = [s for s in runs if not s.tables and not s.problem]
+    for s in runs:
+        if s.problem and not s.tables: print(f'{s.folder.name} was kept, because nobody can say who needs it: {s.problem}')
     if not spare:
         print('every run is needed by a table')
         return 0

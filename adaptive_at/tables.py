@@ -385,9 +385,9 @@ def execute(
 
 
 def _note(plan: Plan) -> None:
-    "Write the ids of the runs that this command needs, those of its figures too: `runs prune` keeps them."
+    "Write the ids of the runs that this command needs, those of its figures too, and in each line how many there are: `runs prune` keeps them, and sees where the file was cut."
     ids = dict.fromkeys(run.id for b in plan.blocks for runs in b.runs.values() for run in runs)
-    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', '\n'.join(['run', *ids, '']))
+    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', ''.join(f'{line}\n' for line in ['run,of', *(f'{i},{len(ids)}' for i in ids)]))
 
 
 def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:
