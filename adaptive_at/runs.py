@@ -254,11 +254,12 @@ class Store:
         "The state of the newest checkpoint that can be trusted, None where there is none; those that cannot are set aside and said so."
         paths = [p for name in ('within.pt', 'last.pt', 'previous.pt') if (p := self.folder(run)/name).exists()]
         with suppress(Damaged, AttributeError):
-            if unsealed(self.folder(run)/'within.pt').epoch < unsealed(self.folder(run)/'last.pt').epoch: paths.pop(0).unlink()  # the epoch was finished before the process was killed
+            if unsealed(self.folder(run)/'within.pt').epoch < unsealed(self.folder(run)/'last.pt').epoch: paths[:2] = paths[1::-1]  # the epoch was finished before the process was killed
         for path in paths:
             try:
                 state = restored(path, run, data, device)
                 self._best(run, state, tell)
+                if path.name == 'last.pt': (self.folder(run)/'within.pt').unlink(missing_ok=True)   # of an epoch before it
                 return state
             except Damaged as e: set_aside(e, path, tell)
             except Lost as e:
