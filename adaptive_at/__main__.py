@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument('--outputs', default='outputs', type=user_path, help='the folder that holds `runs` (default: outputs)')
     train.add_argument('--data-root', default='data', type=user_path, help='where datasets are, or are downloaded to (default: data)')
     train.add_argument('--dataset', help='its name as in the tables; only an image folder, whose place no spec holds, must be named: imagefolder:PATH')
+    train.add_argument('--allow', action='append', default=[], metavar='MODULE', help='a module of yours, beside this package, that the spec may name; it is imported (repeat it for several)')
     train.add_argument('--device', default='', choices=('', 'cpu', 'cuda'), help='(default: cuda where there is one)')
     return root
 
@@ -76,7 +77,7 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     from adaptive_at.parallel import together
     from adaptive_at.runs import Store
     with together(told.device) as (team, device):
-        run = specified(told.spec, outputs)
+        run = specified(told.spec, outputs, told.allow)
         data = datasets.load(told.dataset or run.dataset, project_root()/told.data_root, device)
         if data.info.identity != run.content: raise UserError(f'the run is of other data than {data.info.label} in {told.data_root} (content {run.content}, and not {data.info.identity}); name its data with --dataset and --data-root.')
         if team.rank: team.follow(data)
@@ -86,17 +87,22 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     return 0
 
 
-def specified(spec: str, outputs: Path) -> 'Run':
-    "The run of a `spec.json`, wherever it is, or of a folder of the store."
+def specified(
+    spec: str,                # a `spec.json`, wherever it is, a folder of the store, a run id or its beginning
+    outputs: Path,            # the folder that holds `runs`
+    allow: Sequence[str] = () # modules outside this package that it may name
+) -> 'Run':
+    "The run of a spec. Raises a `UserError` where it is not that of a run, or names what is not allowed."
     from adaptive_at.inventory import everything, picked
     from adaptive_at.seals import read_sealed
     place = user_path(spec)
-    path = next((p for p in (place, place/'spec.json') if p.is_file()), None)
+    try: path = next((p for p in (place, place/'spec.json') if p.is_file()), None)
+    except OSError: path = None   # too long for a file's name
     try: path = path or picked(everything(outputs), spec).folder/'spec.json'
     except UserError as e: raise UserError(f'there is no spec.json at {str(place)!r}, and {e}') from None
     told = read_sealed(path).get('run')
     if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{path} is not the spec of a run.')
-    return revived(told)
+    return revived(told, allow)
 
 
 def act(told: argparse.Namespace, outputs: Path) -> int:
@@ -107,15 +113,18 @@ def act(told: argparse.Namespace, outputs: Path) -> int:
         print(f'{take_in(told.file, outputs/"runs").name} is in the store; all that could be checked agrees.')
         return 0
     if not (outputs/'runs').is_dir(): raise UserError(f'{outputs} holds no runs; name the folder with --outputs.')
-    runs = inventory(outputs, project_root()/'data')
-    if told.what in (None, 'list'): print(listing(runs))
+    hidden = []
+    runs = inventory(outputs, project_root()/'data', hidden.append)
+    if told.what in (None, 'list'):
+        print(listing(runs))
+        for sentence in hidden: print(sentence, file=sys.stderr)
     if told.what == 'show': print(shown(picked(runs, told.id)))
     if told.what == 'export':
         run = picked(runs, told.id)
         export(run.folder, told.file)
         print(f'{run.folder.name} is written to {told.file}')
     if told.what == 'verify': return verify(runs)
-    if told.what == 'prune': return prune(runs, told.yes)
+    if told.what == 'prune': return prune(runs, told.yes, hidden)
     return 0
 
 
@@ -128,10 +137,20 @@ def verify(runs: list) -> int:
     return 1 if found else 0
 
 
-def prune(runs: list, yes: bool) -> int:
-    "Remove what no table needs."
+def prune(
+    runs: list,
+    yes: bool,             # do not ask
+    hidden: Sequence[str]  # what may need a run and cannot be read: a sentence each
+) -> int:
+    "Remove what no table needs. While something that may need a run cannot be read, nothing is."
     from adaptive_at.inventory import listing, megabytes, remove
-    spare = [s for s in runs if not s.tables]
+    if hidden:
+        for sentence in hidden: print(sentence, file=sys.stderr)
+        print('nothing was removed, because not all that tables need is known', file=sys.stderr)
+        return 1
+    spare = [s for s in runs if not s.tables and not s.problem]
+    for s in runs:
+        if s.problem and not s.tables: print(f'{s.folder.name} was kept, because nobody can say who needs it: {s.problem}')
     if not spare:
         print('every run is needed by a table')
         return 0

@@ -28,7 +28,7 @@ from .compiled import compiled
 from .core import UserError, in_epoch, project_root, replacing, slug
 from .datasets import Batch, Dataset
 from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
-from .figures import GREY, PALETTE, look, styled, tidy
+from .figures import GREY, PALETTE, Html, look, styled, tag, tidy
 from .iaat import iaat
 from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
 from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
@@ -617,11 +617,11 @@ def write(found: pd.DataFrame, bench: Bench) -> pd.DataFrame:
     return found
 
 # %% ../nbs/97_benchmark.ipynb #854a1600
-def _told(line) -> str:
+def _told(line) -> Html:
     "A number with its range."
     digits = 2 if abs(line.value) < 10 else 1 if abs(line.value) < 1000 else 0
-    if 0 < abs(line.value) < 0.005: return f'<b>{line.value:.1e}</b>'
-    text = f'<b>{line.value:,.{digits}f}</b>'
+    if 0 < abs(line.value) < 0.005: return tag('b', f'{line.value:.1e}')
+    text = tag('b', f'{line.value:,.{digits}f}')
     return text + (f' [{line.low:,.{digits}f}, {line.high:,.{digits}f}]' if line.low == line.low else '')
 
 

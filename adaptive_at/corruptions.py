@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
-from .core import UserError, locked, replacing, unhashed, user_path
+from .core import Unreadable, UserError, cannot_read, locked, replacing, unhashed, user_path
 from .datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
 from .streams import key
@@ -140,7 +140,8 @@ class Official:
 def loaded(path: Path) -> np.ndarray:
     "A .npy file, mapped; a damaged one is one sentence."
     try: return np.load(path, mmap_mode='r')
-    except (ValueError, EOFError, OSError) as e: raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
+    except OSError as e: raise Unreadable(cannot_read(path, e)) from e
+    except (ValueError, EOFError) as e: raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
 
 
 def read(

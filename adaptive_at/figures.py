@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'MARKERS', 'GREY', 'ASIAN', 'asian_fonts', 'look', 'words', 'distance_histograms', 'curves',
-           'learning_curves', 'embeddings', 'tidy', 'number', 'styled']
+           'learning_curves', 'embeddings', 'tidy', 'Html', 'to_html', 'tag', 'lines_of', 'number', 'styled']
 
 # %% ../nbs/85_figures.ipynb #459a1c55
 import html
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -128,19 +130,56 @@ def tidy(path: Path, frame: pd.DataFrame) -> None:
     write_text(path, frame.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
 
 
-def number(value: float, low: float, high: float) -> str:
-    "A number with half of its interval, as HTML."
-    return 'missing' if np.isnan(value) else f'<b>{value:.1f}</b> ± {(high - low) / 2:.1f}'
+class Html:
+    "Text that is HTML already. `styled` escapes everything else, whoever wrote it."
+    def __init__(self, text: str): self.text = text
+    def __add__(self, other: 'Html|str') -> 'Html': return Html(self.text + to_html(other))
+    def __radd__(self, other: str) -> 'Html': return Html(to_html(other) + self.text)
+    def __bool__(self) -> bool: return bool(self.text)
+    def __repr__(self) -> str: return self.text
+
+
+def to_html(value: Any) -> str:
+    "A value as HTML: the one place where text becomes it."
+    return value.text if isinstance(value, Html) else html.escape(str(value))
+
+
+def tag(name: str, content: Any, **attributes: str) -> Html:
+    "An HTML element around `content`; `kind` is its class."
+    told = ''.join(f' {"class" if k == "kind" else k}="{html.escape(v)}"' for k, v in attributes.items())
+    return Html(f'<{name}{told}>{to_html(content)}</{name}>')
+
+
+def lines_of(parts: Iterable[Any]) -> Html:
+    "One below the other."
+    return Html('<br>'.join(map(to_html, parts)))
+
+
+def number(value: float, low: float, high: float) -> Html|str:
+    "A number with half of its interval."
+    return 'missing' if np.isnan(value) else tag('b', f'{value:.1f}') + f' ± {(high - low) / 2:.1f}'
+
+
+def _escaped(value: Any) -> Any:
+    "A cell or a label; numbers stay numbers."
+    return to_html(value) if isinstance(value, (str, Html)) else value
+
+
+def _escaped_labels(index: pd.Index) -> pd.Index:
+    names = [_escaped(name) for name in index.names]
+    if not isinstance(index, pd.MultiIndex): return pd.Index([_escaped(label) for label in index], name=names[0])
+    return pd.MultiIndex.from_tuples([tuple(map(_escaped, label)) for label in index], names=names) if len(index) else index
 
 
 def styled(
-    frame: pd.DataFrame, # cells may hold HTML
+    frame: pd.DataFrame, # cells are plain text, numbers or `Html`
     caption: str,        # plain text
-    notes: list[str]     # lines below the caption
+    notes: list[str]     # lines below the caption, plain text
 ) -> Styler:
     "The package's look for tables."
-    last = '<br>'.join(notes)
+    frame = frame.map(_escaped).set_axis(_escaped_labels(frame.index)).set_axis(_escaped_labels(frame.columns), axis=1)
     look = [{'selector': 'caption', 'props': 'caption-side: top; text-align: left; font-weight: 600; padding: 0.3em 0; width: max-content; max-width: 75em'}, {'selector': 'th, td', 'props': 'text-align: left; vertical-align: top; padding: 0.25em 0.6em; white-space: nowrap'},
             {'selector': 'th.col_heading', 'props': 'border-bottom: 1px solid currentColor'}, {'selector': 'td', 'props': 'border-top: 1px solid rgba(128,128,128,.25)'},
             {'selector': '.paper', 'props': 'opacity: 0.55; font-size: 85%'}, {'selector': '.difference', 'props': 'font-size: 85%'}]
-    return frame.style.set_caption(f'{html.escape(caption)}<br><span style="font-weight: 400; font-size: 90%">{last}</span>').set_table_styles(look).set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # a `$` in a name begins no formula
+    below = tag('span', lines_of(notes), style='font-weight: 400; font-size: 90%')
+    return frame.style.set_caption(to_html(lines_of([caption, below]))).set_table_styles(look).set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # a `$` in a name begins no formula

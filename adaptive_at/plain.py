@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd, torch
 from safetensors import safe_open
 from torch import Tensor
-from .core import UserError, user_path
+from .core import Unreadable, UserError, user_path
 from .datasets import Dataset, DatasetInfo
 from .doubts import doubts
 from .evaluation import Column, evaluate, evaluation, interval
@@ -23,6 +23,7 @@ from .exports import opened
 from .networks import Classifier, Network
 from .parameters import start
 from .plans import Plan, Table, settle
+from .seals import is_circumstance, why_failed
 
 NORMALISATION = (('mean', 'std'), ('mu', 'sigma'), ('_mean', '_std'), ('means', 'stds'), ('means', 'sds'), ('new_mean', 'new_std'),
                  *((f'{what}_mean', f'{what}_std') for what in ('pixel', 'image', 'img', 'input', 'norm', 'channel')))  # what buffers with an input normalisation are called
@@ -41,8 +42,9 @@ def tensors(
     if checkpoint not in CHECKPOINTS: raise UserError(f'checkpoint is {checkpoint!r}; choose last or best.')
     try: saved = _stored(file, checkpoint) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError as e: raise UserError(f'{file} does not exist.') from e
-    except (MemoryError, torch.OutOfMemoryError, UserError): raise
+    except UserError: raise
     except Exception as e:  # torch raises a dozen types
+        if is_circumstance(e): raise Unreadable(f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.') from e
         raise UserError(f'{file} cannot be read as plain tensors ({type(e).__name__}); save `model.state_dict()` alone with torch.save, where you trust the file.') from e
     for name in ('state_dict', 'model_state_dict', 'model', 'net'):
         if isinstance(saved, Mapping) and isinstance(saved.get(name), Mapping): saved = saved[name]

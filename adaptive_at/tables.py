@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'LONG', 'Results', 'shrunken_margins', 'smaller', 'compared', 'replaced', 'execute', 'run']
 
 # %% ../nbs/90_tables.ipynb #7f64ee38
-import html, platform, time
+import platform, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +21,7 @@ from . import datasets
 from .core import Busy, UserError, digest, locked, replacing, slug, write_text
 from .doubts import doubts
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
-from .figures import number, styled, tidy
+from .figures import Html, lines_of, number, styled, tag, tidy
 from .launch import Job, on_ray, on_this_machine
 from .networks import network
 from .parallel import launched, undivided
@@ -126,17 +126,18 @@ def table(self:Results) -> Styler|str:
     return styled(frame, self.heading(), self._footnotes() + [f"{text}: {', '.join(where)}." for text, where in notes.items()])
 
 @patch
-def _cell(self:Results, block: int, row: str, column: str, which: str, notes: dict[str, list[str]]) -> str:
+def _cell(self:Results, block: int, row: str, column: str, which: str, notes: dict[str, list[str]]) -> Html|str:
     "One cell; a warning goes into `notes` with the cells it concerns."
     if not (line := self.lines.get((block, row, column, which))): return '–'
-    theirs = '' if np.isnan(line['paper']) else f'<span class="paper">paper {line["paper"]:g}</span>'
+    theirs = '' if np.isnan(line['paper']) else tag('span', f'paper {line["paper"]:g}', kind='paper')
     if row not in self.plan.blocks[block].runs: return theirs
     ours = number(line['value'], line['ci_low'], line['ci_high'])
     if line['warning']:
         where = f'{row} ({column})'
         if where not in notes.setdefault(f'⚠ {line["warning"]}', []): notes[f'⚠ {line["warning"]}'].append(where)
-        ours += f' <sup title="{html.escape(line["warning"])}">⚠</sup>'
-    return ours + '<br>' * bool(theirs) + theirs + ('' if np.isnan(line['difference']) else f' <span class="difference">{line["difference"]:+.1f}</span>')
+        ours = ours + ' ' + tag('sup', '⚠', title=line['warning'])
+    cell = lines_of([ours, theirs] if theirs else [ours])
+    return cell if np.isnan(line['difference']) else cell + ' ' + tag('span', f'{line["difference"]:+.1f}', kind='difference')
 
 @patch
 def heading(self:Results, checkpoints: str = '') -> str:
@@ -224,7 +225,11 @@ def compare(self:Results,
                     d = self._difference(block, row, against[row], c, which) if row in against else {}
                     rows.append({'dataset': self.plan.named(block), 'row': row, 'checkpoint': which, 'column': c, **dict(zip(('value', 'ci_low', 'ci_high'), interval)), 'n': len(scores(found[0])) if found else 0, 'seeds': len(found),
                                  'less': against.get(row, ''), **{k: d.get(k, np.nan) for k in ('difference', 'low', 'high')}})
-                    cells[c + ' †' * bool(replaced(block, c, self.plan))] = number(*interval) + (' <span class="difference">{difference:+.1f} [{low:+.1f}, {high:+.1f}]</span>'.format(**d) if d.get('n') else '')
+                    label = c + ' †' * bool(replaced(block, c, self.plan))
+                    cells[label] = number(*interval)
+                    if d.get('n'):
+                        told = '{difference:+.1f} [{low:+.1f}, {high:+.1f}]'.format(**d)
+                        cells[label] = cells[label] + ' ' + tag('span', told, kind='difference')
     tidy(self.plan.folder/f'{name}.csv', pd.DataFrame(rows))
     frame = pd.DataFrame.from_dict(lines, orient='index')
     notes = list(dict.fromkeys(note for b in self.plan.blocks for c in need.columns if (note := replaced(b, c, self.plan))))
@@ -308,9 +313,9 @@ def write(self:Results) -> Path:
 def provenance(self:Results) -> Styler:
     "How to repeat this, and what it ran on."
     plan = self.plan
-    facts = {'command': f'<code>{html.escape(plan.parameters.command())}</code>', 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.session.device),
+    facts = {'command': tag('code', plan.parameters.command()), 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.session.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began), **({'training and evaluating': self.estimated} if self.estimated else {}),
-             'runs': '<br>'.join(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
+             'runs': lines_of(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
     return styled(pd.DataFrame({'this run': facts}), 'Provenance', [])
 
 
@@ -369,9 +374,9 @@ def _lacking(plan: Plan) -> str:
 
 
 def _note(plan: Plan) -> None:
-    "Write the ids of the runs that this command needs, those of its figures too: `runs prune` keeps them."
+    "Write the ids of the runs that this command needs, those of its figures too, and in each line how many there are: `runs prune` keeps them, and sees where the file was cut."
     ids = dict.fromkeys(run.id for b in plan.blocks for runs in b.runs.values() for run in runs)
-    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', '\n'.join(['run', *ids, '']))
+    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', ''.join(f'{line}\n' for line in ['run,of', *(f'{i},{len(ids)}' for i in ids)]))
 
 
 def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:

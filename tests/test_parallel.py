@@ -12,7 +12,7 @@ from adaptive_at import datasets, parallel, plans
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.cat import cat_v2
-from adaptive_at.core import describe, digest, revived, write_json
+from adaptive_at.core import describe, digest, foreign_modules, revived, write_json
 from adaptive_at.iaat import iaat, imagenet_iaat, mixup_at
 from adaptive_at.methods import Training, at, daat, mart
 from adaptive_at.networks import MNISTCNN
@@ -67,7 +67,7 @@ def job(run, folder, size=2, before=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu"]
+    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu", *(word for module in foreign_modules(describe(run)) for word in ("--allow", module))]
     log = folder/"log"
     log.unlink(missing_ok=True)
     processes = [CONTEXT.Process(target=work, args=(rank, size, port, str(log), arguments, before)) for rank in range(size)]

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import contents
 
-from . import damage, kills, notebooks
+from . import damage, failures, kills, notebooks
 from .bench import METHODS, Process, differences, reference, table_of, tiny
 
 
@@ -22,11 +22,22 @@ def test_killed_processes_end_as_if_nothing_had_happened(tmp_path):
     assert not found.wrong and found.landed == 9 and len(found.methods) >= 6 and {"training", "checkpointing"} <= set(found.phases)
 
 
-def test_damaged_files_never_give_another_number(tmp_path):
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory): return damage.Bases(tmp_path_factory.mktemp("bases"))
+
+
+def test_damaged_files_never_give_another_number(bases, tmp_path):
     cases = [case for i, case in enumerate(damage.CASES) if i % 6 == 1]   # most files, and each fault
-    found = damage.campaign(tmp_path, cases, seed=1)
+    found = damage.campaign(tmp_path, cases, seed=1, bases=bases)
     print(found)
     assert not found.wrong and sum(found.outcomes.values()) == len(cases) >= 13
+
+
+def test_files_that_fail_for_a_while_stay_and_are_read_afterwards(bases, tmp_path):
+    cases = [("finished", "last.pt", "short memory"), ("begun", "within.pt", "I/O error after the checksum"), ("begun", "last.pt", "short memory"), ("finished", "spec.json", "unreadable"), ("attacked", "evals/*.part.json", "I/O error")]
+    found = failures.campaign(tmp_path, cases, bases=bases)
+    print(found)
+    assert not found.wrong and found.outcomes.total() == len(cases) and found.outcomes["not needed"] <= 1
 
 
 def test_four_processes_share_an_empty_store(tmp_path):
@@ -64,7 +75,7 @@ def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
 
 
 def test_the_table_names_its_methods():
-    assert len(METHODS) >= 6 and len(damage.CASES) >= 40 and set(notebooks.BAD) == set(notebooks.TABLES)
+    assert len(METHODS) >= 6 and len(damage.CASES) >= 40 and {fault for _, _, fault in failures.CASES} == set(failures.FAILURES) and len(failures.CASES) >= 30 and set(notebooks.BAD) == set(notebooks.TABLES)
 
 
 def test_every_notebook_refuses_a_bad_value(tmp_path, monkeypatch):
