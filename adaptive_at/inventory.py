@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from .core import Busy, UserError, describe, digest, locked
+from .doubts import of_facts
 from .networks import NETWORKS
 from .parameters import COMMON, TABLES, Parameters, about
 from .plans import PRESETS, Plan, Session
@@ -193,8 +194,13 @@ def shown(s: Stored) -> str:
     for path in evaluation_files(s.folder):
         try: result = read_sealed(path)['result']
         except (UserError, KeyError): lines.append([path.stem, 'damaged'])
-        else: lines.append([path.stem, f'{result["accuracy"]:.1f}% of {result["n"]}' if consistent(result) else 'damaged'])
+        else: lines.append([path.stem, _accuracy(result) if consistent(result) else 'damaged'])
     return aligned(lines)
+
+
+def _accuracy(result: dict) -> str:
+    "An accuracy and what its own facts say of it."
+    return '; '.join([f'{result["accuracy"]:.1f}% of {result["n"]}', *of_facts(result)])
 
 # %% ../nbs/92_inventory.ipynb #49e8d736
 def damages(s: Stored) -> list[str]:
