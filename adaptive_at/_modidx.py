@@ -565,6 +565,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                                                                   'adaptive_at/inventory.py'),
                                        'adaptive_at.inventory.Stored.size': ('inventory.html#stored.size', 'adaptive_at/inventory.py'),
                                        'adaptive_at.inventory.Stored.spec': ('inventory.html#stored.spec', 'adaptive_at/inventory.py'),
+                                       'adaptive_at.inventory._accuracy': ('inventory.html#_accuracy', 'adaptive_at/inventory.py'),
                                        'adaptive_at.inventory._agree': ('inventory.html#_agree', 'adaptive_at/inventory.py'),
                                        'adaptive_at.inventory._checkpoint_damages': ( 'inventory.html#_checkpoint_damages',
                                                                                       'adaptive_at/inventory.py'),

@@ -31,7 +31,7 @@ def _of_the_attack(result: dict) -> list[str]:
     told, n = [], max(1, result.get('probed', 0))
     unknown, noise, broken = (result.get(name, 0.) for name in ('stuck', 'noise_beats', 'margin_breaks'))
     if unknown > 0.02: told.append(f'{percent(unknown)} of the images stand where the attack has no gradient, zero or not a number: nothing says that they are robust')
-    if noise > 0.05: told.append(f'{percent(noise)} of the images stand under the attack, and random noise of the same size brings them nearer to the boundary: the attack does not climb')
+    if noise > 0.1: told.append(f'{percent(noise)} of the images stand under the attack, and random noise of the same size brings them nearer to the boundary: the attack does not climb')
     if result.get('slope', 1.) < SLOPE and result['accuracy'] > 1: told.append(f"the gradient is not that of the model: what it predicts of small steps agrees with what the model does to {result['slope']:.2f}, where 1 is right")
     if broken - 2.58 * (broken * (1 - broken) / n)**0.5 > 0.03:
         told.append(f'an attack on the margin breaks another {percent(broken)} of the images: the softmax is saturated or flat, and the attack has little to climb')

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
 from .core import UserError, replacing
+from .doubts import of_facts
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
 from .figures import MARKERS, PALETTE, look, number, styled, tidy
 from .networks import network
@@ -73,12 +74,13 @@ def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataF
                      names=[f'evaluation of {t.label} ({name})' for t, name in missing])
     lines = []
     for i, t in found.items():
-        line = {'row': t.label, 'paper': t.paper, 'table': t.table, 'network': t.run.network.label}
+        line, told = {'row': t.label, 'paper': t.paper, 'table': t.table, 'network': t.run.network.label}, []
         for name in ('natural', 'AA'):
             done = t.plan.store.verdicts(t.run, _evaluation(t, session, name))
             low, high = wilson(done['accuracy'], done['n'])
+            told += [f'{name}: {text}' for text in of_facts(done)]
             line |= {name: done['accuracy'], f'{name}_low': low, f'{name}_high': high, f'{name}_n': done['n']}
-        lines.append(line | {'cost': cost(t.run), 'epochs': t.run.training.epochs, 'run': i})
+        lines.append(line | {'cost': cost(t.run), 'epochs': t.run.training.epochs, 'run': i, 'warning': '; '.join(told)})
     frame = pd.DataFrame(lines)
     return frame.assign(front=front(frame.natural.to_numpy(), frame.AA.to_numpy())) if len(frame) else frame
 
@@ -164,8 +166,9 @@ def draw(
 
 def listing(frame: pd.DataFrame, session: Session) -> Styler:
     "The points as a table, the most robust first."
-    lines = [{'row': r.row, 'of': r.table, 'natural': number(r.natural, r.natural_low, r.natural_high), 'AA': number(r.AA, r.AA_low, r.AA_high), 'gradient evaluations': f'{r.cost:,}', 'front': '●' if r.front else ''}
+    lines = [{'row': r.row + ' ⚠' * bool(r.warning), 'of': r.table, 'natural': number(r.natural, r.natural_low, r.natural_high), 'AA': number(r.AA, r.AA_low, r.AA_high), 'gradient evaluations': f'{r.cost:,}', 'front': '●' if r.front else ''}
              for r in frame.sort_values('AA', ascending=False).itertuples()]
     t = frame.iloc[0]
     return styled(pd.DataFrame(lines).set_index(['row', 'of']), f'Natural and AutoAttack accuracy, preset {session.preset.name}',
-                  [f'Percent of {t.natural_n:,} (natural) and {t.AA_n:,} (AA) test images, ± half of the 95% Wilson interval; one seed each. Gradient evaluations per training image over the whole run, the update included.'])
+                  [f'Percent of {t.natural_n:,} (natural) and {t.AA_n:,} (AA) test images, ± half of the 95% Wilson interval; one seed each. Gradient evaluations per training image over the whole run, the update included.',
+                   *(f'⚠ {r.row} ({r.table}): {r.warning}.' for r in frame.itertuples() if r.warning)])

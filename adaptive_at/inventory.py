@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from .core import Busy, Unreadable, UserError, cannot_read, describe, digest, locked
+from .doubts import of_facts
 from .networks import NETWORKS
 from .parameters import COMMON, TABLES, Parameters, about
 from .plans import PRESETS, Plan, Session
@@ -260,8 +261,13 @@ def shown(s: Stored) -> str:
         try: result = read_sealed(path)['result']
         except Unreadable: lines.append([path.stem, 'unreadable'])
         except (UserError, KeyError): lines.append([path.stem, 'damaged'])
-        else: lines.append([path.stem, f'{result["accuracy"]:.1f}% of {result["n"]}' if consistent(result) else 'damaged'])
+        else: lines.append([path.stem, _accuracy(result) if consistent(result) else 'damaged'])
     return aligned(lines)
+
+
+def _accuracy(result: dict) -> str:
+    "An accuracy and what its own facts say of it."
+    return '; '.join([f'{result["accuracy"]:.1f}% of {result["n"]}', *of_facts(result)])
 
 # %% ../nbs/92_inventory.ipynb #49e8d736
 def damages(s: Stored) -> list[str]:

@@ -55,6 +55,9 @@ def test_it_draws_what_the_store_holds_and_trains_nothing(outputs):
     draw(frame)
     assert listing(frame, s).data.shape == (2, 4)
     assert [t.label for t in trained(session(outputs, rows="standard at")).values()] == ["Standard AT"]
+    assert not any(frame.warning) and "⚠" not in listing(frame, s).to_html()
+    doubtful = frame.assign(warning=["AA: zero gradients", ""])
+    assert "⚠ " + f"{frame.row[0]} (table1_daat): AA: zero gradients." in listing(doubtful, s).to_html() and list(listing(doubtful, s).data.index.get_level_values("row")).count(f"{frame.row[0]} ⚠") == 1
 
 
 def test_bad_input(outputs, tmp_path):

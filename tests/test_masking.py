@@ -11,6 +11,7 @@ from adaptive_at.deepfool import DeepFool
 from adaptive_at.dra import DRA
 from adaptive_at.doubts import doubts, of_facts
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation
+from adaptive_at.inventory import _accuracy
 from adaptive_at.plain import scored
 from helpers import digits, short_autoattack
 from zoo import EPS, LATER_MASKED, LATER_SOUND, MASKED, SOUND, Backward, before, natural, robust
@@ -142,3 +143,10 @@ def test_the_default_dtype_moves_no_verdict(column):
     torch.set_default_dtype(torch.float64)
     try: assert judged() == single and torch.get_default_dtype() == torch.float64
     finally: torch.set_default_dtype(torch.float32)
+
+
+# Wherever an accuracy is shown
+
+def test_the_store_s_listing_says_it_too():
+    masked = {"accuracy": 99., "n": 100, "standing": "1" * 99 + "0", "zero_gradients": 1.}
+    assert _accuracy(masked) == "99.0% of 100; zero gradients at 100% of the images: the attack cannot climb" and _accuracy(masked | {"zero_gradients": 0.}) == "99.0% of 100"
