@@ -114,7 +114,7 @@ def eight_bits(image: 'Image.Image') -> 'Image.Image':
     if not is_transparent(image): return grey
     return Image.merge('LA', (grey, Image.fromarray(255 * (np.asarray(image) != image.info['transparency']).astype(np.uint8))))
 
-
+# %% ../nbs/10_datasets.ipynb #6f1e0a15
 def on_white(image: 'Image.Image') -> 'Image.Image':
     "An image as RGB, white where it is transparent."
     from PIL import Image
@@ -333,7 +333,7 @@ def loaders() -> int:
     "How many processes read images ahead of training; 0: the training process itself."
     return max(0, min(16, cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))  # torchrun's processes share the cores
 
-
+# %% ../nbs/10_datasets.ipynb #2da1822f
 def shared_room() -> float:
     "Bytes that processes can still share with each other; infinitely many where nothing says how many."
     return shutil.disk_usage('/dev/shm').free if os.path.isdir('/dev/shm') else math.inf
@@ -390,7 +390,7 @@ def read_ahead(
         if isinstance(x, UserError): raise x
         yield torch.as_tensor(x).to(files.device, non_blocking=True)
 
-
+# %% ../nbs/10_datasets.ipynb #2da18231
 def cut(
     order: Tensor,    # indices [n]
     size: int,        # of a batch
@@ -667,7 +667,7 @@ def _paths(part: Path, name: str) -> list[str]:
     found = image_files(os.path.join(part, name), (os.path.realpath(part),))
     return [os.path.join(folder, file) for folder in sorted(found) for file in found[folder]]
 
-
+# %% ../nbs/10_datasets.ipynb #2e51c6b3
 _hashes = {}   # (file, size, modification time) of every file -> its folder's hash
 
 
@@ -705,7 +705,7 @@ def is_seen_otherwise(
     seen = rgb(path)
     return seen.size != plain.size or seen.tobytes() != plain.tobytes()
 
-
+# %% ../nbs/10_datasets.ipynb #2e51c6b5
 def read_image(path: str) -> Tensor:   # uint8 [3,32,32]
     "What one image file shows, its shorter side scaled to 32 pixels, its centre."
     from PIL import Image, ImageOps

@@ -123,7 +123,7 @@ def matched(
             raise UserError(f'{file} is not a {label}: {theirs} {tuple(found[theirs].shape)} stands where {mine} {tuple(ours[mine].shape)} should.')
     return pairs
 
-
+# %% ../nbs/91_plain.ipynb #91b0c0a5
 def plain(
     file: Path,                          # .pt or .safetensors
     network: Network,                    # the same network, of ours; an input normalisation in the file is taken over
