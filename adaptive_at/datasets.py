@@ -81,7 +81,8 @@ class Augment:
         return self(images[index], index, key)
 
 # %% ../nbs/10_datasets.ipynb #6f1e0a12
-TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'}   # EXIF's orientations but 1, upright
+TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270', 7: 'TRANSVERSE',
+         8: 'ROTATE_90'}   # EXIF's orientations but 1, upright
 
 
 def orientation(image: 'Image.Image') -> int:
@@ -109,10 +110,12 @@ def eight_bits(image: 'Image.Image') -> 'Image.Image':
     pixels = np.asarray(image, np.float64)
     low, high = pixels.min(), pixels.max()
     if not (0 <= low and high <= white): raise ValueError(f'its pixels lie between {low:g} and {high:g}, not between 0 and {white}')
-    pixels = pixels / white if tags.get(262) != 0 else 1 - pixels / white   # 262: is 0 black or white? Pillow does not invert these
+    pixels = pixels / white
+    if tags.get(262) == 0: pixels = 1 - pixels   # 0 is white; Pillow does not invert these modes
     grey = Image.fromarray((255 * pixels).round().astype(np.uint8))
     if not is_transparent(image): return grey
-    return Image.merge('LA', (grey, Image.fromarray(255 * (np.asarray(image) != image.info['transparency']).astype(np.uint8))))
+    opaque = np.asarray(image) != image.info['transparency']
+    return Image.merge('LA', (grey, Image.fromarray(255 * opaque.astype(np.uint8))))
 
 # %% ../nbs/10_datasets.ipynb #6f1e0a15
 def on_white(image: 'Image.Image') -> 'Image.Image':
@@ -262,11 +265,13 @@ class Dataset:
 
     def __post_init__(self):
         for name in ('train', 'val', 'test'):
-            if (part := getattr(self, name)) is not None or name != 'val': object.__setattr__(self, name, checked(part, name, self.info))
+            part = getattr(self, name)
+            if name != 'val' or part is not None: object.__setattr__(self, name, checked(part, name, self.info))
 
     def to(self, device: str|torch.device) -> 'Dataset':
         moved = object.__new__(Dataset)   # what is there was checked when it was made
-        vars(moved).update(info=self.info, train=self.train.to(device), val=self.val and self.val.to(device), test=self.test.to(device))
+        train, val, test = (part if part is None else part.to(device) for part in (self.train, self.val, self.test))
+        vars(moved).update(info=self.info, train=train, val=val, test=test)
         return moved
 
 # %% ../nbs/10_datasets.ipynb #895985f8
@@ -594,14 +599,14 @@ def refuse_name(name: str, path: str) -> None:   # `path`: of what is called so
 
 
 def entries(folder: str|Path) -> list[os.DirEntry]:
-    "What a folder holds, sorted by name, hidden files and folders aside. Raises UserError where a link leads nowhere, or a folder's name is not UTF-8."
-    found = sorted((e for e in os.scandir(folder) if not e.name.startswith('.') and e.name not in HIDDEN), key=lambda e: e.name)
-    for e in found:
+    "What a folder holds, sorted by name, without what is hidden. Raises UserError where a link leads nowhere, or a folder's name is not UTF-8."
+    seen = [e for e in os.scandir(folder) if not e.name.startswith('.') and e.name not in HIDDEN]
+    for e in seen:
         kind = Path(e.name).suffix.lower()
         if e.is_dir(): refuse_name(e.name, e.path)
         elif kind in ('', *IMAGES) and e.is_symlink() and not os.path.exists(e.path):
             raise UserError(f'datasets: {os.fsencode(e.path).decode(errors="replace")} is a link that leads nowhere; mend it or remove it.')
-    return found
+    return sorted(seen, key=lambda e: e.name)
 
 
 def image_files(folder: str, above: tuple[str, ...]) -> dict[str, list[str]]:   # folder -> names in it
@@ -621,7 +626,8 @@ def class_folders(folder: Path) -> dict[str, str]:   # class name -> folder name
     "The classes of one part. How an accent is stored, as one letter or as two, makes no other name. Raises UserError where two folders have one name."
     found = {}
     for name in (e.name for e in entries(folder) if e.is_dir()):
-        if (known := unicodedata.normalize('NFC', name)) in found: raise UserError(f'datasets: {folder} holds the class {known!r} twice, its accents stored in two ways; put the images into one folder.')
+        known = unicodedata.normalize('NFC', name)
+        if known in found: raise UserError(f'datasets: {folder} holds the class {known!r} twice, its accents stored in two ways; put the images into one folder.')
         found[known] = name
     return found
 
@@ -630,7 +636,8 @@ def class_folders(folder: Path) -> dict[str, str]:   # class name -> folder name
 def listing(folder: str|Path) -> Iterator[None]:
     "Within, what cannot be read on the disk is one sentence."
     try: yield
-    except OSError as e: raise UserError(f'datasets: {e.filename or folder} cannot be read ({e.strerror or e}); see that it is whole and that you may read it, or remove it.') from e
+    except OSError as e:
+        raise UserError(f'datasets: {e.filename or folder} cannot be read ({e.strerror or e}); see that it is whole and that you may read it, or remove it.') from e
 
 # %% ../nbs/10_datasets.ipynb #2e51c6b2
 SIDE = 32   # pixels, of the images of an image folder
@@ -655,17 +662,20 @@ def scan_folder(
         if odd := sorted(train.keys() ^ test.keys()):
             raise UserError(f'datasets: the class {odd[0]!r} of {folder} is in {parts[odd[0] in test]} only; both parts must have the same classes.')
         if len(train) < 2: raise UserError(f'datasets: {folder/parts[0]} has {len(train)} class folders; there must be two at least.')
-        samples = [[(path, k) for k, name in enumerate(train) for path in _paths(folder/part, known[name])] for part, known in zip(parts, (train, test))]
+        samples = [_samples(folder/part, [known[name] for name in train]) for part, known in zip(parts, (train, test))]
     for part, found in zip(parts, samples):
         if empty := set(range(len(train))) - {k for _, k in found}:
             raise UserError(f"datasets: {folder/part/[*train][min(empty)]} has no image; each class needs at least one there, as {', '.join(IMAGES)}.")
     return tuple(train), *samples
 
 
-def _paths(part: Path, name: str) -> list[str]:
-    "The image files of one class, folder by folder."
-    found = image_files(os.path.join(part, name), (os.path.realpath(part),))
-    return [os.path.join(folder, file) for folder in sorted(found) for file in found[folder]]
+def _samples(part: Path, folders: list[str]) -> list[tuple[str, int]]:
+    "The image files of one part, class by class and folder by folder."
+    samples, place = [], os.path.realpath(part)
+    for k, name in enumerate(folders):
+        found = image_files(os.path.join(part, name), (place,))
+        samples += [(os.path.join(folder, file), k) for folder in sorted(found) for file in found[folder]]
+    return samples
 
 # %% ../nbs/10_datasets.ipynb #2e51c6b3
 _hashes = {}   # (file, size, modification time) of every file -> its folder's hash
@@ -782,7 +792,8 @@ def told_apart(
     def label(info: DatasetInfo) -> str:
         others = {homes[i.name] for i in infos if i.label == info.label}
         if len(others) < 2: return info.label
-        n = next(n for n in range(2, 1 + max(len(home.parts) for home in others)) if len({home.parts[-n:] for home in others}) == len(others))
+        n = 2
+        while len({home.parts[-n:] for home in others}) < len(others): n += 1
         return f"{info.label.removesuffix(homes[info.name].name).rstrip()} {'/'.join(homes[info.name].parts[-n:])}"
     return [replace(i, label=label(i)) if i.name in homes else i for i in infos]
 
