@@ -475,10 +475,11 @@ def in_mode(
 # %% ../nbs/20_networks.ipynb #20c0f0a2
 @torch.no_grad()
 def fewest_images(model: nn.Module, x: Tensor) -> int:   # `x`: some images [B,C,H,W]
-    "How many images a network needs in train mode: 2 where a batch norm sees one number per channel of an image, and could not tell how they vary."
+    "How many images a network needs in train mode: 2 where a batch norm sees one number per channel of an image."
     seen = [1]
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None: seen.append(1 + (inputs[0][:1].numel() == inputs[0].shape[1]))
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None: seen.append(1 + (inputs[0][0].numel() == inputs[0].shape[1]))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [m.register_forward_pre_hook(look) for m in norms]
     try:
         with in_mode(model, 'eval'): model(x[:1])
     finally:

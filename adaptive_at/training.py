@@ -83,14 +83,14 @@ class State:
         self.subset = balanced(data.train.y, run.train_examples)  # examples to train on
         self.watched = followed(self.subset)                      # those whose radius is kept after each epoch
         self.example = torch.zeros(1, *info.shape, device=device)
-        self.least = 1                                            # images of a batch; 2 where one would have a single image, and the network needs two
+        self.least = 1                                            # images of a batch, or 2: see `sizes`
         if 1 in self.sizes(t.batch): self.least = fewest_images(self.model, self.example)
         self.path: list[Tensor] = []        # their radii, one entry per epoch
         self.snapshots: list[Tensor] = []   # all radii, float16, every `snapshot_every(epochs)` epochs
         self.improved = False               # is this epoch the best so far?
 
     def sizes(self, batch: int) -> list[int]:
-        "How many images each batch of an epoch has."
+        "How many images each batch of an epoch has: the last one may have one, where the network can be trained on it."
         return [len(part) for part in cut(self.subset, batch, self.least)]
 
     def state_dict(self) -> dict:
@@ -254,7 +254,8 @@ def train(
         method = in_epoch(run.method, epoch, t.epochs)
         stream = key(run.seed, epoch)
         model.train()
-        for i, batch in enumerate(batches(data.train, t.batch, key(stream, 'data'), run.augment, subset, first=state.batch, mine=team.part, least=state.least), state.batch):
+        left = batches(data.train, t.batch, key(stream, 'data'), run.augment, subset, first=state.batch, mine=team.part, least=state.least)
+        for i, batch in enumerate(left, state.batch):
             lr = t.lr_at(epoch + (i + 0.5) / steps)
             for group in state.optimiser.param_groups: group['lr'] = lr
             bank.learning_rate(lr)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from matplotlib.cbook import is_math_text
@@ -352,8 +353,26 @@ def test_little_shared_memory_changes_no_image(folder, monkeypatch):
     assert all(torch.equal(a, b) and torch.equal(i, j) for (a, i), (b, j) in zip(large, small, strict=True))
 
 
+def test_a_slow_disk_is_waited_for(folder, monkeypatch):
+    split = streaming(folder)
+    monkeypatch.setattr(ds, "loaders", lambda: 1)
+    monkeypatch.setattr(ds, "LOOK", 0.1)
+    assert sorted(torch.cat([b.index for b in ds.batches(split, 2, 1, Late())]).tolist()) == [0, 1, 2, 3]
+
+
+class Late(ds.Augment):
+    def read(self, images, index, key): time.sleep(0.4); return super().read(images, index, key)
+
+
 class Slow(ds.Augment):
     def read(self, images, index, key): time.sleep(30)
+
+
+class Second(ds.Augment):
+    def read(self, images, index, key):
+        if os.path.exists(mark := os.path.join(images.folder, "begun")): time.sleep(30)
+        open(mark, "w").close()
+        return super().read(images, index, key)
 
 
 class Killed(ds.Augment):
@@ -365,9 +384,23 @@ def test_images_that_never_arrive_are_one_sentence(augment, folder, monkeypatch)
     split = streaming(folder)
     monkeypatch.setattr(ds, "loaders", lambda: 1)
     monkeypatch.setattr(ds, "PATIENCE", 0.5)
+    monkeypatch.setattr(ds, "LOOK", 0.2)
     began = time.monotonic()
     assert "reads images ahead" in refused(list, ds.batches(split, 2, 1, augment))
     assert time.monotonic() - began < 15
+
+
+def test_a_worker_that_is_killed_during_a_step_is_said_when_its_batch_is_missed(folder, monkeypatch):
+    split = streaming(folder)
+    monkeypatch.setattr(ds, "loaders", lambda: 1)
+    monkeypatch.setattr(ds, "LOOK", 0.2)
+    others, found = psutil.Process().children(), ds.batches(split, 1, 1, Second())
+    next(found)
+    for child in psutil.Process().children():
+        if child not in others: child.kill()
+    began = time.monotonic()
+    while time.monotonic() - began < 0.5: sum(range(1000))   # a step: the news of the death arrive here
+    assert "reads images ahead" in refused(list, found)
 
 
 # Somebody's own Dataset
