@@ -432,6 +432,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                         'adaptive_at.evaluation.Column.standing': ( 'evaluation.html#column.standing',
                                                                                     'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.Evaluation': ('evaluation.html#evaluation', 'adaptive_at/evaluation.py'),
+                                        'adaptive_at.evaluation.Evaluation.__post_init__': ( 'evaluation.html#evaluation.__post_init__',
+                                                                                             'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.Evaluation.id': ( 'evaluation.html#evaluation.id',
                                                                                   'adaptive_at/evaluation.py'),
                                         'adaptive_at.evaluation.Images': ('evaluation.html#images', 'adaptive_at/evaluation.py'),

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
-from .core import Unreadable, UserError, cannot_read, locked, replacing, unhashed, user_path
+from .core import Unreadable, UserError, cannot_read, locked, nearly, replacing, unhashed, user_path
 from .datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
 from .streams import key
@@ -199,7 +199,7 @@ class Corruption(Column):
 
     def __post_init__(self):
         if unknown := [n for n in self.names if n not in COMMON] or ['' for _ in range(not self.names)]:
-            raise UserError(f"{unknown[0]!r} is not a corruption; choose from {', '.join(COMMON)}.")
+            raise UserError(f"{unknown[0]!r} is not a corruption{nearly(unknown[0], COMMON)}; choose from {', '.join(COMMON)}.")
 
     @property
     def steps(self) -> int:

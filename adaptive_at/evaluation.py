@@ -237,6 +237,8 @@ class Evaluation:
     batch: int = 500
     library: str = ''        # the column's library and its version
 
+    def __post_init__(self): at_least(self, examples=0, seed=-2**63, batch=1)
+
     @property
     def id(self) -> str: return digest(self)
 

@@ -14,7 +14,10 @@ from adaptive_at import datasets, networks, streams
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.benchmark import begin
+from adaptive_at.cat import cat
 from adaptive_at.core import Milestones, UserError, describe, digest, user_path
+from adaptive_at.corruptions import Corruption
+from adaptive_at.evaluation import Clean, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.parameters import COMMON, start
 from adaptive_at.training import Monitor, Run, State
@@ -169,3 +172,12 @@ def test_the_command_can_be_pasted_whatever_the_folder_is_called(folder, tmp_pat
     pairs = dict(zip(given[3::3], given[4::3]))
     assert pairs.pop("rows") == rows and pairs.pop("eps") == "0.01" and pairs.pop("epochs") == "3" and Path(pairs.pop("outputs", "outputs")) == Path(folder) and not pairs
     assert {p.name for p in tmp_path.iterdir()} <= {"given", folder}
+
+
+def test_an_evaluation_of_numpy_s_numbers_is_the_same_evaluation():
+    mine, plain = (evaluation(Clean(), "data", "weights", examples=n, seed=s) for n, s in ((np.int64(50), 1.0), (50, 1)))
+    assert mine.id == plain.id and type(mine.examples) is type(mine.seed) is int
+
+
+@pytest.mark.parametrize("call, meant", [(lambda: Corruption(("gausian_noise",)), "gaussian_noise"), (lambda: cat(0.1, label="befor"), "before"), (lambda: cat(0.1, hinge="Mean"), "mean")])
+def test_other_choices_are_asked_about_too(call, meant): assert f" (did you mean {meant!r}?)" in sentence(call)

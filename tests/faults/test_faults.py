@@ -7,7 +7,7 @@ import pytest
 
 from helpers import contents
 
-from . import damage, failures, kills, notebooks
+from . import damage, failures, kills, notebooks, writes
 from .bench import METHODS, Process, differences, reference, table_of, tiny
 
 
@@ -59,6 +59,27 @@ def test_a_full_disk_stops_cleanly_and_more_room_mends_it(room, tmp_path):
     assert "Traceback" not in log.read_text() and refusal.startswith("refused: ") and "could not be written" in refusal and "free some space" in refusal
     assert Process(log, table_of(tmp_path/"outputs", "DAAT")).wait() == 0
     assert not differences(contents(tmp_path/"outputs"), reference("DAAT", tmp_path/"whole").contents) and not list(tmp_path.rglob(".*.part"))
+
+
+def test_a_disk_that_fails_at_any_write_loses_nothing(tmp_path):
+    found = writes.campaign(tmp_path, each=23)   # the campaign fails at every one
+    print(found)
+    assert not found.wrong and found.writes > 150 and found.refused >= 5 and found.refused + found.borne == len(range(0, found.writes, 23))
+
+
+def test_the_campaign_sees_a_write_whose_failure_is_a_traceback(tmp_path, monkeypatch):
+    from adaptive_at import runs
+    monkeypatch.setattr(runs, "write_text", lambda path, text: path.write_text(text))   # history.csv
+    with writes.Disk().used() as disk: writes.work(tmp_path/"whole")
+    result, expected = writes.Writes(), contents(tmp_path/"whole")
+    steps = []
+    class Noted(writes.Disk):
+        def step(self, what, path=""):
+            steps.append((what, str(path).rpartition("/")[2]))
+            super().step(what, path)
+    with Noted().used(): writes.work(tmp_path/"noted")
+    at = 1 + steps.index(("open", "history.csv"))
+    assert "history.csv" in writes.one(tmp_path/"failed", writes.Disk(at), expected, result)
 
 
 def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
