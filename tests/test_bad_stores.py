@@ -36,7 +36,8 @@ def spec_with(**changes):
 
 
 def facts_with(**changes):
-    def spoil(folder): write_sealed(folder/"spec.json", read_sealed(folder/"spec.json") | {k.replace("_", " "): v for k, v in changes.items()})
+    def spoil(folder):
+        write_sealed(folder/"spec.json", read_sealed(folder/"spec.json") | {k.replace("_", " "): v for k, v in changes.items()})
     return spoil
 
 
@@ -63,17 +64,42 @@ def folder_instead(name):
 
 
 SPOILT = {
-    "no spec": lambda folder: (folder/"spec.json").unlink(), "empty spec": file("spec.json", b""), "no text": file("spec.json", b"\xff\xfe"), "a list": file("spec.json", b"[]"), "nested": file("spec.json", b"[" * 10**5), "nan": file("spec.json", b'{"run": NaN}'),
-    "no run": file("spec.json", b'{"run": null}'), "a folder for a spec": folder_instead("spec.json"), "a run of nothing": spec_with(**{k: KeyError for k in ("method", "network", "training")}), "no method": spec_with(method=KeyError), "a method of text": spec_with(method="x"),
-    "a method of numbers": spec_with(method={"radius": 1, "attack": 2, "objective": 3, "weights": 4}), "pieces of numbers": spec_with(method={k: {"piece": 1} for k in ("radius", "attack", "objective", "weights")}), "no network": spec_with(network={"x": 1}),
-    "a network of text": spec_with(network="x"), "a seed of text": spec_with(seed="x"), "no seed": spec_with(seed=KeyError), "a huge seed": spec_with(seed=10**30), "no start": spec_with(start=KeyError), "a start of text": spec_with(start="x"),
-    "a start of nothing": spec_with(start={"x": 1}), "no training": spec_with(training=None), "epochs of text": spec_with(training={"epochs": "x"}), "control characters": spec_with(dataset="\x1b[2J\nx"), "half a character": spec_with(dataset="\ud800"),
-    "made by nobody": facts_with(made_with=[]), "made with control characters": facts_with(made_with=[{"threads": 1, "device": "\x1b[2J\n\ud800"}]), "weights of numbers": facts_with(weights={"last": 1, "best": 2}), "weights of lists": facts_with(weights={"last": [], "best": {}}),
-    "a diverged number": facts_with(diverged=3), "a diverged run": facts_with(diverged="\x1b[2J\n"), "history of bytes": file("history.csv", b"\xff\x00"), "history of nothing": file("history.csv", b""), "history of text": file("history.csv", b"a,b\nx,y\n"),
-    "history of more cells": file("history.csv", b"epoch\n1,2,3\n"), "history of no numbers": file("history.csv", b"epoch,test_natural\n1,nan\n"), "a folder for a history": folder_instead("history.csv"), "an evaluation of bytes": file("evals/clean-*.json", b"\xff"),
-    "an evaluation of a list": file("evals/clean-*.json", b"[]"), "an evaluation of nothing": file("evals/clean-*.json", b"{}"), "an evaluation of text": evaluation_with(evaluation="x"), "an evaluation of a list of sources": evaluation_with(evaluation={"source": []}),
-    "no result": evaluation_with(result=None), "a result of text": evaluation_with(result="x"), "a result of nan": evaluation_with(result={"accuracy": "nan", "n": 1, "standing": "1"}), "a folder for an evaluation": folder_instead("evals/clean-*.json"),
-    "an evaluation in depth": file("evals/clean-*.json", b"[" * 10**5), "a checkpoint of text": file("last.pt", b"text"), "an empty checkpoint": file("best.pt", b""), "a folder for a checkpoint": folder_instead("last.pt"), "a folder for a bank": folder_instead("radius.npz"),
+    "no spec": lambda folder: (folder/"spec.json").unlink(), "empty spec": file("spec.json", b""),
+    "no text": file("spec.json", b"\xff\xfe"), "a list": file("spec.json", b"[]"),
+    "nested": file("spec.json", b"[" * 10**5), "nan": file("spec.json", b'{"run": NaN}'),
+    "no run": file("spec.json", b'{"run": null}'), "a folder for a spec": folder_instead("spec.json"),
+    "a run of nothing": spec_with(**{k: KeyError for k in ("method", "network", "training")}),
+    "no method": spec_with(method=KeyError), "a method of text": spec_with(method="x"),
+    "a method of numbers": spec_with(method={"radius": 1, "attack": 2, "objective": 3, "weights": 4}),
+    "pieces of numbers": spec_with(method={k: {"piece": 1} for k in ("radius", "attack", "objective", "weights")}),
+    "no network": spec_with(network={"x": 1}),
+    "a network of text": spec_with(network="x"), "a seed of text": spec_with(seed="x"),
+    "no seed": spec_with(seed=KeyError), "a huge seed": spec_with(seed=10**30), "no start": spec_with(start=KeyError),
+    "a start of text": spec_with(start="x"),
+    "a start of nothing": spec_with(start={"x": 1}), "no training": spec_with(training=None),
+    "epochs of text": spec_with(training={"epochs": "x"}), "control characters": spec_with(dataset="\x1b[2J\nx"),
+    "half a character": spec_with(dataset="\ud800"),
+    "made by nobody": facts_with(made_with=[]),
+    "made with control characters": facts_with(made_with=[{"threads": 1, "device": "\x1b[2J\n\ud800"}]),
+    "weights of numbers": facts_with(weights={"last": 1, "best": 2}),
+    "weights of lists": facts_with(weights={"last": [], "best": {}}),
+    "a diverged number": facts_with(diverged=3), "a diverged run": facts_with(diverged="\x1b[2J\n"),
+    "history of bytes": file("history.csv", b"\xff\x00"), "history of nothing": file("history.csv", b""),
+    "history of text": file("history.csv", b"a,b\nx,y\n"),
+    "history of more cells": file("history.csv", b"epoch\n1,2,3\n"),
+    "history of no numbers": file("history.csv", b"epoch,test_natural\n1,nan\n"),
+    "a folder for a history": folder_instead("history.csv"),
+    "an evaluation of bytes": file("evals/clean-*.json", b"\xff"),
+    "an evaluation of a list": file("evals/clean-*.json", b"[]"),
+    "an evaluation of nothing": file("evals/clean-*.json", b"{}"),
+    "an evaluation of text": evaluation_with(evaluation="x"),
+    "an evaluation of a list of sources": evaluation_with(evaluation={"source": []}),
+    "no result": evaluation_with(result=None), "a result of text": evaluation_with(result="x"),
+    "a result of nan": evaluation_with(result={"accuracy": "nan", "n": 1, "standing": "1"}),
+    "a folder for an evaluation": folder_instead("evals/clean-*.json"),
+    "an evaluation in depth": file("evals/clean-*.json", b"[" * 10**5),
+    "a checkpoint of text": file("last.pt", b"text"), "an empty checkpoint": file("best.pt", b""),
+    "a folder for a checkpoint": folder_instead("last.pt"), "a folder for a bank": folder_instead("radius.npz"),
 }
 
 
@@ -105,7 +131,8 @@ def another_users(name, monkeypatch):
     "Within, no file of this name can be opened, as when it belongs to somebody else."
     whole = io.open
     def opened(file, *args, **kwargs):
-        if not isinstance(file, int) and Path(os.fsdecode(file)).match(name): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+        if not isinstance(file, int) and Path(os.fsdecode(file)).match(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
         return whole(file, *args, **kwargs)
     with monkeypatch.context() as theirs:
         theirs.setattr(io, "open", opened)

@@ -29,8 +29,11 @@ def is_text(shown):
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame({"a": [TAG]}), pd.DataFrame({TAG: ["a"]}), pd.DataFrame({"a": [1.5]}, index=[TAG]), pd.DataFrame({"a": [1]}, index=pd.Index(["b"], name=TAG)),
-                                   pd.DataFrame([[1]], columns=pd.Index(["b"], name=TAG)), pd.DataFrame({"a": [1]}, index=pd.MultiIndex.from_tuples([("x", TAG)], names=["b", TAG])),
-                                   pd.DataFrame({("a", TAG): [1]}), pd.DataFrame({"a": [tag("b", TAG)]}), pd.DataFrame({"a": [number(1., 0., 2.) + TAG]}), pd.DataFrame({"a": [TAG + tag("b", 1)]}),
+                                   pd.DataFrame([[1]], columns=pd.Index(["b"], name=TAG)),
+                                   pd.DataFrame({"a": [1]}, index=pd.MultiIndex.from_tuples([("x", TAG)], names=["b", TAG])),
+                                   pd.DataFrame({("a", TAG): [1]}), pd.DataFrame({"a": [tag("b", TAG)]}),
+                                   pd.DataFrame({"a": [number(1., 0., 2.) + TAG]}),
+                                   pd.DataFrame({"a": [TAG + tag("b", 1)]}),
                                    pd.DataFrame({"a": [lines_of([TAG, "b"])]}), pd.DataFrame({"a": [tag("sup", "!", title=TAG)]})],
                          ids="cell column row row-name column-name rows columns tag number before lines attribute".split())
 def test_every_place_of_a_table_shows_text(frame): is_text(styled(frame, "caption", ["note"]))
@@ -53,7 +56,8 @@ def shared(tmp_path_factory):
     named = lambda p: {f"{name} {TAG}": rows(p)[name] for name in ("Natural", "Standard AT")}
     table = replace(TABLE, title=f"Title {TAG}.", rows=named, columns=lambda p: {f"{c} {TAG}": TABLE.columns(p)[c] for c in ("natural", "FGSM")} | {"natural": TABLE.columns(p)["natural"]},
                     more_columns=lambda p: {}, extra_rows=lambda p: {}, extra_columns=lambda p: {}, figures={"fig3": Needs((f"Natural {TAG}", f"Standard AT {TAG}"), (f"FGSM {TAG}",))})
-    def plan(): return Plan(table, settle(start(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", outputs=str(outputs)))))
+    def plan():
+        return Plan(table, settle(start(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", outputs=str(outputs)))))
     execute(plan(), tell=lambda line: None)
     for path in outputs.glob("runs/*/spec.json"):   # as somebody who shares a run may write it
         facts = read_sealed(path)
@@ -72,7 +76,8 @@ def test_a_shared_run_puts_no_tag_into_a_table(shared):
     page = is_text(results.table())
     assert page.count("alert(") > 10
     rows = [f"{name} {TAG}" for name in ("Natural", "Standard AT")]
-    for shown in (results.claims([(f"a claim {TAG}", *rows, f"FGSM {TAG}")], caption=TAG), results.compare("fig3", TAG, {rows[1]: rows[0]}), results.provenance(), shared.show()): is_text(shown)
+    for shown in (results.claims([(f"a claim {TAG}", *rows, f"FGSM {TAG}")], caption=TAG), results.compare("fig3", TAG, {rows[1]: rows[0]}), results.provenance(), shared.show()):
+        is_text(shown)
 
 
 def test_one_function_makes_html_of_text():

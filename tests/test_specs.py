@@ -67,7 +67,8 @@ def test_a_module_is_imported_only_where_it_is_allowed(theirs):
 def test_the_train_command_trains_what_is_allowed(theirs, tmp_path, capsys):
     mark, told = theirs
     write_json(tmp_path/"spec.json", {"run": told})
-    def train(*more): return main(["train", str(tmp_path/"spec.json"), "--outputs", str(tmp_path), "--data-root", str(tmp_path), *more]), *capsys.readouterr()
+    def train(*more):
+        return main(["train", str(tmp_path/"spec.json"), "--outputs", str(tmp_path), "--data-root", str(tmp_path), *more]), *capsys.readouterr()
     code, out, err = train()
     assert code == 1 and not out and err.count("\n") == 1 and "add `--allow their_rules`" in err and not mark.exists()
     code, out, err = train("--allow", "json", "--allow", "their_rules")
@@ -96,10 +97,15 @@ def test_a_name_of_no_piece_is_a_sentence(name, as_what, monkeypatch):
 
 
 @pytest.mark.parametrize("path, value, said", [
-    ("method.attack.alpha", KeyError, "no alpha"), ("method.attack.shell", "x", "shell, which it does not know"), ("seed", KeyError, "no seed"), ("network", describe(Fixed(0.1)), "it must be Network"),
-    ("method", describe(Fixed(0.1)), "it must be Method"), ("method.attack", describe(Fixed(0.1)), "it must be PGD"), ("method.attack", "PGD", "it must be"), ("method.attack", [1], "it must be"), ("seed", "0", "it must be int"),
-    ("seed", 1.5, "it must be int"), ("seed", True, "it must be int"), ("start", {"a": 1}, "it must be"), ("dataset", 3, "it must be str"), ("training.epochs", "7", "it must be int"), ("training.epochs", -1, "epochs is -1"),
-    ("training.lr", None, "it must be float"), ("training.precision", "fp8", "precision is 'fp8'"), ("training.version", 99, "another version"), ("method.attack.source", {}, "another version"),
+    ("method.attack.alpha", KeyError, "no alpha"), ("method.attack.shell", "x", "shell, which it does not know"),
+    ("seed", KeyError, "no seed"), ("network", describe(Fixed(0.1)), "it must be Network"),
+    ("method", describe(Fixed(0.1)), "it must be Method"), ("method.attack", describe(Fixed(0.1)), "it must be PGD"),
+    ("method.attack", "PGD", "it must be"), ("method.attack", [1], "it must be"), ("seed", "0", "it must be int"),
+    ("seed", 1.5, "it must be int"), ("seed", True, "it must be int"), ("start", {"a": 1}, "it must be"),
+    ("dataset", 3, "it must be str"), ("training.epochs", "7", "it must be int"),
+    ("training.epochs", -1, "epochs is -1"),
+    ("training.lr", None, "it must be float"), ("training.precision", "fp8", "precision is 'fp8'"),
+    ("training.version", 99, "another version"), ("method.attack.source", {}, "another version"),
     ("network.mean", ["a"], "it must be"), ("network.mean", {"x": 1}, "it must be"), ("monitor.select", "train", "select is 'train'"), ("method.radius.eps", float("nan"), "")], ids=lambda v: str(v)[:40])
 def test_values_that_no_piece_takes_are_a_sentence(path, value, said): assert said in sentence(put(path, value))
 

@@ -243,7 +243,8 @@ def test_a_malicious_file_is_refused_and_not_executed(name, with_seal, kept, cop
 
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)")
 FAILURES = {"memory": MemoryError(), "allocator": ALLOCATOR, "GPU memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "disk": OSError(errno.EIO, "Input/output error"),
-            "GPU": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "read": RuntimeError("PytorchStreamReader failed reading file data/0: file read failed"),
+            "GPU": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+            "read": RuntimeError("PytorchStreamReader failed reading file data/0: file read failed"),
             "copy": RuntimeError('Error(s) in loading state_dict for Sequential:\n\tWhile copying the parameter named "0.weight", an exception occurred : (\'CUDA error: unknown error\',).')}
 
 
@@ -252,7 +253,8 @@ def failing(failure):
     return fail
 
 
-def files(store): return {p.relative_to(store.root): p.read_bytes() for p in store.root.rglob("*") if p.is_file() and "lock" not in p.name}
+def files(store):
+    return {p.relative_to(store.root): p.read_bytes() for p in store.root.rglob("*") if p.is_file() and "lock" not in p.name}
 
 
 def refused_for_now(work, name):
@@ -303,7 +305,8 @@ def test_a_file_that_the_system_does_not_let_us_read_stays_where_it_is(name, kep
     "The disk fails at the first, or at a later, read of the file."
     path, = copied.folder(tiny()).glob(name)
     e, before = clean(kept), files(copied)
-    def all_of_it(): return copied.history(tiny()), copied.radius(tiny()), [copied.model(tiny(), digits(), w) for w in ("last", "best")], copied.verdicts(tiny(), e)
+    def all_of_it():
+        return copied.history(tiny()), copied.radius(tiny()), [copied.model(tiny(), digits(), w) for w in ("last", "best")], copied.verdicts(tiny(), e)
     for place in (0, 1):
         if place and path.suffix in (".csv", ".json"): continue   # one read
         with unreadable(path, place, monkeypatch): refused_for_now(all_of_it, path.name)

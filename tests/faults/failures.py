@@ -73,10 +73,13 @@ def failed(bases: Bases, state: str, name: str, fault: str, outputs: Path) -> tu
     said, after = log.read_text(), held_by(outputs)
     if code:
         last = said.splitlines()[-1]
-        if "Traceback" in said or not last.startswith("refused: ") or path.name not in last: return "", f"no good sentence: {said[-1000:]}"
-        if lost := [name for name, content in before.items() if after.get(name) != content]: return "", f"{', '.join(lost)} changed or went (said: {last})"
+        if "Traceback" in said or not last.startswith("refused: ") or path.name not in last:
+            return "", f"no good sentence: {said[-1000:]}"
+        if lost := [name for name, content in before.items() if after.get(name) != content]:
+            return "", f"{', '.join(lost)} changed or went (said: {last})"
         if new := [name for name in after if name.endswith(".damaged")]: return "", f"{', '.join(new)} was set aside"
-    if Process(log, table_of(outputs, METHOD)).wait(): return "", f"the same command does not go on: {log.read_text()[-1000:]}"
+    if Process(log, table_of(outputs, METHOD)).wait():
+        return "", f"the same command does not go on: {log.read_text()[-1000:]}"
     if different := differences(contents(outputs), bases.expected.contents): return "", "; ".join(different)
     return "refused in a sentence, then as if nothing had happened" if code else "not needed", ""
 
