@@ -62,20 +62,24 @@ class Crafted:
 
     def weights(self, which, **changes):
         self.tensors |= {f"{which}/{k}": v for k, v in changes.items()}
-        self.spec["weights"][which] = fingerprint_of({k.partition("/")[2]: v for k, v in self.tensors.items() if k.startswith(f"{which}/")})
+        self.spec["weights"][which] = fingerprint_of({k.partition("/")[2]: v for k, v in self.tensors.items()
+                                                      if k.startswith(f"{which}/")})
 
     def renamed(self):
         "Everything that is named after a hash gets its new name."
         told = json.dumps(self.run, sort_keys=True, separators=(",", ":"))
         self.content["folder"] = f"{self.content['folder'].rpartition('-')[0]}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
         if isinstance(self.content["evaluations"], dict):
-            named = {name: stored.get("evaluation") if isinstance(stored, dict) else None for name, stored in self.content["evaluations"].items()}
+            named = {name: stored.get("evaluation") if isinstance(stored, dict) else None for name,
+                     stored in self.content["evaluations"].items()}
             self.content["evaluations"] = {f"clean-{hashlib.sha256(json.dumps(named[name], sort_keys=True, separators=(',', ':')).encode()).hexdigest()[:12]}.json": stored
                                            for name, stored in self.content["evaluations"].items()}
         return self
 
     def write(self, path):
-        save_file({k: v.contiguous() for k, v in self.tensors.items()}, path, {"adaptive_at": self.told["adaptive_at"]} | {k: json.dumps(v) for k, v in self.content.items()} | {"sha256": checksum(self.content)})
+        save_file({k: v.contiguous() for k, v in self.tensors.items()}, path,
+                  {"adaptive_at": self.told["adaptive_at"]} | {k: json.dumps(v) for k,
+                      v in self.content.items()} | {"sha256": checksum(self.content)})
 
 
 def at(*way, value):
@@ -204,7 +208,8 @@ REFUSED = {
     "an evaluation of another kind": at("evaluation", "evaluation", "piece", value="x.Y"),
     "no seed of an evaluation": at("evaluation", "evaluation", "seed", value=KeyError),
     "other weights": at("evaluation", "evaluation", "weights", value="0" * 16),
-    "a name of another column": at("evaluation", "evaluation", "column", value={"piece": "adaptive_at.evaluation.Other", "version": 1}),
+    "a name of another column": at("evaluation", "evaluation", "column",
+                                   value={"piece": "adaptive_at.evaluation.Other", "version": 1}),
     "an accuracy of nan": without_nan, "an accuracy of text": result(accuracy="100"),
     "a higher accuracy": result(accuracy=99.5), "no images": result(n=0, standing=""), "more images": result(n=51),
     "half an image": result(n=50.0), "verdicts of digits": result(standing="2" * 50),
@@ -222,7 +227,8 @@ REFUSED = {
     "fewer snapshots": tensor("bank/snapshots", lambda v: v[:0]),
     "another path": tensor("bank/path", lambda v: v[:, :1]),
     "a path of others": tensor("bank/path_index", lambda v: v + 10**6),
-    "a smaller bank": lambda c: c.tensors.update({f"bank/{k}": c.tensors[f"bank/{k}"][..., :-1].clone() for k in ("eps", "used", "realised", "snapshots")}),
+    "a smaller bank": lambda c: c.tensors.update({f"bank/{k}": c.tensors[f"bank/{k}"][..., :-1].clone()
+                                                  for k in ("eps", "used", "realised", "snapshots")}),
     "weights in bfloat16": lambda c: c.tensors.update({"last/classifier.bias": c.tensors["last/classifier.bias"].bfloat16()}),
     "weights in eight bits": lambda c: c.tensors.update({"last/classifier.bias": c.tensors["last/classifier.bias"].to(torch.float8_e4m3fn)}),
     "weights that are none": weights(lambda v: v / 0), "weights of another shape": weights(lambda v: v[:-1].clone()),
@@ -243,7 +249,8 @@ def test_a_crafted_file_is_refused_in_a_sentence(name, mine, other, tmp_path, ca
     if not name.startswith(KEPT_NAMES): crafted.renamed()
     crafted.write(tmp_path/"crafted.safetensors")
     code, out, err = cli(capsys, "import", tmp_path/"crafted.safetensors", "--outputs", other)
-    assert (code, out) == (1, "") and err.count("\n") == 1 and ("is not imported, because " in err or "is no export of a run" in err), err
+    assert (code, out) == (1, "") and err.count("\n") == 1 and ("is not imported, because " in err
+                                                                or "is no export of a run" in err), err
     err.encode()
     assert "\x1b" not in err and sorted(other.rglob("*")) == before
 
@@ -266,7 +273,8 @@ def of_a_newer_version(crafted):
 TAKEN = {
     "as it is": lambda c: None, "older": older, "newer": of_a_newer_version,
     "no evaluations": at("content", "evaluations", value={}),
-    "another device": at("spec", "made with", value=[{"threads": 2, "device": "Ünïcode™ <b>GPU</b>"}, {"threads": 1, "path": "compiled"}]),
+    "another device": at("spec", "made with", value=[{"threads": 2, "device": "Ünïcode™ <b>GPU</b>"},
+                                                     {"threads": 1, "path": "compiled"}]),
     "several processes": at("spec", "made with", value=[{"threads": 1, "processes": 2, "batch norm": "per process"}]),
     "made with nothing": at("spec", "made with", value=[]),
 }
@@ -283,8 +291,11 @@ def test_a_right_file_is_taken_with_its_numbers(name, mine, other, tmp_path, cap
     assert cli(capsys, "import", tmp_path/"crafted.safetensors", "--outputs", theirs)[0] == 0
     found, run = Store(theirs/"runs"), alone(7)
     assert found.finished(run) and cli(capsys, "verify", "--outputs", theirs)[:2] == (0, "2 runs, all intact\n")
-    assert [h["test_natural"] for h in found.history(run)] == [h["test_natural"] for h in store.history(run)] and concerns(run, found.history(run)) == concerns(run, store.history(run)) * (name != "older") and len(found.radius(run)["eps"]) == len(digits().train.y)
-    assert [fingerprint(found.model(run, digits(), w)) for w in ("last", "best")] == [store.facts(run)["weights"][w] for w in ("last", "best")]
+    assert [h["test_natural"] for h in found.history(run)] == [h["test_natural"] for h in store.history(run)]
+    assert concerns(run, found.history(run)) == concerns(run, store.history(run)) * (name != "older")
+    assert len(found.radius(run)["eps"]) == len(digits().train.y)
+    assert [fingerprint(found.model(run, digits(), w)) for w in ("last", "best")] == [store.facts(run)["weights"][w]
+                                                                                      for w in ("last", "best")]
     if name != "no evaluations":
         assert found.verdicts(run, clean(store))["accuracy"] == store.verdicts(run, clean(store))["accuracy"]
     code, out, _ = cli(capsys, "list", "--outputs", theirs)
@@ -296,11 +307,14 @@ def test_a_right_file_is_taken_with_its_numbers(name, mine, other, tmp_path, cap
 def test_a_run_with_a_rule_of_somebodys_is_taken(mine, tmp_path, capsys, monkeypatch):
     "Its piece cannot be made here, and is not: it is listed."
     crafted = Crafted(mine[1])
-    crafted.run["method"]["radius"] = {"piece": "rules_of_nobody.Halved", "version": 1, "source": {"rules_of_nobody.Halved": "class Halved(RadiusRule):\n    pass"}, "eps": 0.1}
+    crafted.run["method"]["radius"] = {"piece": "rules_of_nobody.Halved", "version": 1,
+                                       "source": {"rules_of_nobody.Halved": "class Halved(RadiusRule):\n    pass"},
+                                       "eps": 0.1}
     crafted.content["folder"] = f"{slug('digits narrow ResNet (width 4) Halved PGD AdversarialCE s7')}-{digest(crafted.run)}"
     crafted.write(tmp_path/"crafted.safetensors")
     monkeypatch.setattr(inv, "planned", lambda *args, **kwargs: {})
-    assert cli(capsys, "import", tmp_path/"crafted.safetensors", "--outputs", tmp_path/"theirs")[0] == 0 and "rules_of_nobody" not in sys.modules
+    assert cli(capsys, "import", tmp_path/"crafted.safetensors", "--outputs", tmp_path/"theirs")[0] == 0
+    assert "rules_of_nobody" not in sys.modules
     code, out, _ = cli(capsys, "list", "--outputs", tmp_path/"theirs")
     assert code == 0 and "Halved × PGD" in out
 
