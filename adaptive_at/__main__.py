@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument('--data-root', default='data', help='where datasets are, or are downloaded to (default: data)')
     train.add_argument('--dataset', help='its name as in the tables; only an image folder, whose place no spec holds, must be named: imagefolder:PATH')
     train.add_argument('--allow', action='append', default=[], metavar='MODULE',
-                       help='a module of yours, beside this package, that the spec may name; it is imported (repeat it for several)')
+                       help='a module of yours that the spec may name; it is imported (repeat it for several)')
     train.add_argument('--device', default='', choices=('', 'cpu', 'cuda'), help='(default: cuda where there is one)')
     return root
 

@@ -138,7 +138,7 @@ def _official(spec: dict) -> datasets.DatasetInfo|None:
 
 
 def _expected(spec: dict) -> dict[str, Tensor]:
-    "Weights, without values, of a network of this package on known data; nothing for those that only their owner can build."
+    "Weights, without values, of a network of this package on known data; nothing for all others."
     info = _official(spec)
     try: network = revived(spec['network'])
     except UserError: return {}

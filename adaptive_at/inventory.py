@@ -97,7 +97,8 @@ def everything(outputs: Path) -> list[Stored]:
 
 def spec_of(folder: Path) -> dict:
     """The facts in a folder's `spec.json`.
-    Raises a `UserError` where they are not of the run that the folder is named after, `Unreadable` where they cannot be read now."""
+    Raises a `UserError` where they are not of the run that the folder is named after,
+    `Unreadable` where they cannot be read now."""
     path = folder/'spec.json'
     try: facts = read_sealed(path)
     except FileNotFoundError as e: raise UserError(f'{path} is missing; the table that the run belongs to writes it anew.') from e

@@ -312,7 +312,8 @@ class Store:
         write_text(folder/'history.csv', text.getvalue())
 
     def model(self, run: Run, data: Dataset, which: str = 'last', device: str|torch.device = 'cpu', tell: Callable[[str], None] = print) -> Classifier:
-        """A run's network, `last` or `best`, in eval mode. Where its checkpoint is damaged, the run is trained again from the one before.
+        """A run's network, `last` or `best`, in eval mode.
+        Where its checkpoint is damaged, the run is trained again from the one before.
         Raises `Unreadable` where it cannot be loaded now."""
         path = self.folder(run)/f'{which}.pt'
         try: return self._built(run, data, which, device)

@@ -330,7 +330,8 @@ def provenance(self:Results) -> Styler:
     "How to repeat this, and what it ran on."
     plan = self.plan
     facts = {'command': tag('code', plan.parameters.command()),
-             'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.session.device),
+             'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none',
+             'device': hardware(plan.session.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began), **({'training and evaluating': self.estimated} if self.estimated else {}),
              'runs': lines_of(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}'
                               for b in plan.blocks for row, runs in b.runs.items())}
