@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument('--outputs', default='outputs', type=user_path, help='the folder that holds `runs` (default: outputs)')
     train.add_argument('--data-root', default='data', type=user_path, help='where datasets are, or are downloaded to (default: data)')
     train.add_argument('--dataset', help='its name as in the tables; only an image folder, whose place no spec holds, must be named: imagefolder:PATH')
-    train.add_argument('--allow', action='append', default=[], metavar='MODULE', help='a module of yours, beside this package, that the spec may name; it is imported (repeat it for several)')
+    train.add_argument('--allow', action='append', default=[], metavar='MODULE',
+                       help='a module of yours that the spec may name; it is imported (repeat it for several)')
     train.add_argument('--device', default='', choices=('', 'cpu', 'cuda'), help='(default: cuda where there is one)')
     return root
 
@@ -150,7 +151,8 @@ def prune(
         return 1
     spare = [s for s in runs if not s.tables and not s.problem]
     for s in runs:
-        if s.problem and not s.tables: print(f'{s.folder.name} was kept, because nobody can say who needs it: {s.problem}')
+        if s.problem and not s.tables:
+            print(f'{s.folder.name} was kept, because nobody can say who needs it: {s.problem}')
     if not spare:
         print('every run is needed by a table')
         return 0

@@ -477,6 +477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
             'adaptive_at.exports': { 'adaptive_at.exports.Exported': ('exports.html#exported', 'adaptive_at/exports.py'),
                                      'adaptive_at.exports.Exported.part': ('exports.html#exported.part', 'adaptive_at/exports.py'),
                                      'adaptive_at.exports._expected': ('exports.html#_expected', 'adaptive_at/exports.py'),
+                                     'adaptive_at.exports._kind': ('exports.html#_kind', 'adaptive_at/exports.py'),
                                      'adaptive_at.exports._layout': ('exports.html#_layout', 'adaptive_at/exports.py'),
                                      'adaptive_at.exports._official': ('exports.html#_official', 'adaptive_at/exports.py'),
                                      'adaptive_at.exports._safetensors': ('exports.html#_safetensors', 'adaptive_at/exports.py'),

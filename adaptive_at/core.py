@@ -236,7 +236,7 @@ def revived(
     told: Any,                    # what `describe` said
     allow: Collection[str] = ()   # modules outside this package whose pieces it may name; only these are imported
 ) -> Any:
-    "The value that `describe` told of, in a process that never saw it. Raises a `UserError` for all that no run of this package says."
+    "The value that `describe` told of, in a process that never saw it. Raises a `UserError` for what no run says."
     try: value = _revived(told, allow)
     except RecursionError as e: raise UserError('the spec is nested too deeply to be that of a run.') from e
     if describe(value) != told: raise UserError('the spec was written by another version of this package, or its code: run the table again, which writes its own.')
@@ -259,8 +259,10 @@ def _revived(told: Any, allow: Collection[str]) -> Any:
     if 'function' in told: return _named(told['function'], allow)
     if 'piece' not in told: return {k: _revived(v, allow) for k, v in told.items()}
     name, kind = told['piece'], _named(told['piece'], allow)
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)): raise UserError(f'the spec names {name} as a piece, which is none; only a dataclass can be one.')
-    if any(not f.metadata.get('hashed', True) for f in dataclasses.fields(kind)): raise UserError(f'{name} needs more than a spec says, so only the process that made it can train with it.')
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise UserError(f'the spec names {name} as a piece, which is none; only a dataclass can be one.')
+    if any(not f.metadata.get('hashed', True) for f in dataclasses.fields(kind)):
+        raise UserError(f'{name} needs more than a spec says, so only the process that made it can train with it.')
     wanted = {f.name for f in dataclasses.fields(kind)}
     given = told.keys() - ({'piece', 'version', 'source'} - wanted)   # DRA has a field that is called source
     if given != wanted: raise UserError(_other_fields(name, wanted - given, given - wanted))
@@ -268,7 +270,9 @@ def _revived(told: Any, allow: Collection[str]) -> Any:
 
 
 def _other_fields(name: str, missing: set[str], unknown: set[str]) -> str:
-    wrong = [f'no {", ".join(sorted(missing))}'] * bool(missing) + [f'{", ".join(sorted(unknown))}, which it does not know'] * bool(unknown)
+    wrong = []
+    if missing: wrong.append(f'no {", ".join(sorted(missing))}')
+    if unknown: wrong.append(f'{", ".join(sorted(unknown))}, which it does not know')
     return f'the spec gives {name} {" and ".join(wrong)}; it is no spec, or one of another version of this package.'
 
 
@@ -278,12 +282,14 @@ def _named(name: Any, allow: Collection[str]) -> type|Callable:
     module, _, rest = name.rpartition('.')
     ours = module.partition('.')[0] == PACKAGE
     if module != '__main__' and not ours and module not in allow:
-        raise UserError(f'the spec names {name}, which is not of this package; where you trust the module {module}, which is imported then, add `--allow {module}`.')
+        raise UserError(f'the spec names {name}, which is not of this package; '
+                        f'where you trust the module {module}, which is imported then, add `--allow {module}`.')
     try:
         if module == '__main__': raise ImportError
         found = getattr(import_module(module), rest)
     except (ImportError, AttributeError) as e: raise UserError(f'{name} is defined where other processes cannot import it, as in a notebook; put it into a module, or train with one process.') from e
-    if not (isinstance(found, type) or inspect.isfunction(found) and not ours) or qualified(found) != name: raise UserError(f'the spec names {name} as a piece, which is none.')
+    if not (isinstance(found, type) or inspect.isfunction(found) and not ours) or qualified(found) != name:
+        raise UserError(f'the spec names {name} as a piece, which is none.')
     return found
 
 # %% ../nbs/00_core.ipynb #e0b5ed5a
@@ -292,10 +298,12 @@ def _made(name: str, kind: type, values: dict[str, Any]) -> Any:
     try: hints = get_type_hints(kind)
     except NameError: hints = {}   # of a class inside a function
     for field, value in values.items():
-        if not _fits(value, hints.get(field, Any)): raise UserError(f'the spec gives {name} {field} {_brief(value)}; it must be {_brief(hints[field])}.')
+        if not _fits(value, hints.get(field, Any)):
+            raise UserError(f'the spec gives {name} {field} {_brief(value)}; it must be {_brief(hints[field])}.')
     try: return kind(**values)
     except UserError: raise
-    except Exception as e: raise UserError(f'the spec gives {name} values that it does not take ({type(e).__name__}: {e}).') from e
+    except Exception as e:
+        raise UserError(f'the spec gives {name} values that it does not take ({type(e).__name__}: {e}).') from e
 
 
 def _brief(value: Any) -> str:
@@ -304,9 +312,12 @@ def _brief(value: Any) -> str:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    "May a field that declares `hint` hold `value`? A schedule may stand for any number; a piece of the user's, or one with the same methods, for any piece."
-    if isinstance(hint, UnionType) or get_origin(hint) is Union: return any(_fits(value, part) for part in get_args(hint))
-    if hint in (int, float): return isinstance(value, (Milestones, Ramp)) or isinstance(value, (int, hint)) and not isinstance(value, bool)
+    """May a field that declares `hint` hold `value`?
+    A schedule may stand for any number; a piece of the user's, or one with the same methods, for any piece."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (Milestones, Ramp)) or isinstance(value, (int, hint)) and not isinstance(value, bool)
     kind, each = get_origin(hint) or hint, get_args(hint)
     if kind is tuple and each[1:] == (...,): return isinstance(value, tuple) and all(_fits(v, each[0]) for v in value)
     try: right = isinstance(value, kind)
@@ -317,7 +328,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _methods(kind: type) -> set[str]:
     "The methods of a class that others call: whatever has them all can stand in its place."
-    return {name for base in kind.__mro__ for name, value in vars(base).items() if inspect.isfunction(value) and (name == '__call__' or not name.startswith('_'))}
+    functions = {name for base in kind.__mro__ for name, value in vars(base).items() if inspect.isfunction(value)}
+    return {name for name in functions if name == '__call__' or not name.startswith('_')}
 
 # %% ../nbs/00_core.ipynb #95065bc6
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +432,8 @@ def write_text(path: str|Path, text: str) -> None:
 
 def cannot_read(path: str|Path, e: OSError) -> str:
     "The sentence for a file that the system does not let us read."
-    return f'{path} cannot be read ({e.strerror or e}); see that the disk is there and that you may read it, and run the same command again.'
+    return (f'{path} cannot be read ({e.strerror or e}); '
+            'see that the disk is there and that you may read it, and run the same command again.')
 
 
 def read_bytes(path: str|Path) -> bytes:

@@ -141,7 +141,8 @@ def loaded(path: Path) -> np.ndarray:
     "A .npy file, mapped; a damaged one is one sentence."
     try: return np.load(path, mmap_mode='r')
     except OSError as e: raise Unreadable(cannot_read(path, e)) from e
-    except (ValueError, EOFError) as e: raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
+    except (ValueError, EOFError) as e:
+        raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
 
 
 def read(

@@ -22,8 +22,9 @@ from .seals import Seal, checksum, is_circumstance, read_sealed, why_failed, wri
 from .training import snapshot_every
 
 FORMAT = 1
-BANK = {'eps': torch.float32, 'used': torch.float32, 'realised': torch.float32, 'snapshots': torch.float16, 'snapshot_epochs': torch.int64, 'path': torch.float32, 'path_index': torch.int64}
-KINDS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)   # of tensors
+BANK = {'eps': torch.float32, 'used': torch.float32, 'realised': torch.float32, 'snapshots': torch.float16,
+        'snapshot_epochs': torch.int64, 'path': torch.float32, 'path_index': torch.int64}
+KINDS = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)  # of tensors
 
 # %% ../nbs/93_exports.ipynb #00f481cd
 def export(folder: Path, file: Path) -> None:
@@ -75,7 +76,9 @@ def _safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(file, 'pt') as f: return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError as e: raise UserError(f'{file} does not exist.') from e
     except Exception as e:   # of a kind of number that PyTorch does not have, an AttributeError
-        if is_circumstance(e): raise Unreadable(f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.') from e
+        if is_circumstance(e):
+            said = f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.'
+            raise Unreadable(said) from e
         raise UserError(f'{file} is no intact .safetensors file ({type(e).__name__}); export the run again.') from e
 
 # %% ../nbs/93_exports.ipynb #c364755a
@@ -96,24 +99,32 @@ def _wrong_tensors(e: Exported) -> str:
     "What is wrong with an export's tensors."
     spec, bank, parts = e.facts['run'], e.part('bank'), {k.partition('/')[0] for k in e.tensors}
     n, epochs = len(bank['eps']) if 'eps' in bank and bank['eps'].dim() else 0, spec['training']['epochs']
-    shapes = {'eps': (n,), 'used': (n,), 'realised': (n,), 'snapshots': (epochs // snapshot_every(epochs), n), 'snapshot_epochs': (epochs // snapshot_every(epochs),)}
+    copies = epochs // snapshot_every(epochs)
+    shapes = {'eps': (n,), 'used': (n,), 'realised': (n,), 'snapshots': (copies, n), 'snapshot_epochs': (copies,)}
     watched = tuple(bank['path_index'].shape) if 'path_index' in bank else ()
     shapes |= {'path_index': watched[:1], 'path': (epochs, *watched[:1])}
     if parts != {'last', 'best', 'bank'} or bank.keys() != BANK.keys(): return 'its tensors are not those of a run'
     for k, v in bank.items():
-        if v.dtype != BANK[k] or tuple(v.shape) != shapes[k]: return f'bank/{k} is {str(v.dtype).removeprefix("torch.")} {list(v.shape)}, and not {str(BANK[k]).removeprefix("torch.")} {list(shapes[k])}'
-    if not (0 <= bank['path_index']).all() or not (bank['path_index'] < n).all(): return 'its bank follows examples that it does not have'
+        if v.dtype != BANK[k] or tuple(v.shape) != shapes[k]:
+            return f'bank/{k} is {_kind(v.dtype)} {list(v.shape)}, and not {_kind(BANK[k])} {list(shapes[k])}'
+    if not (0 <= bank['path_index']).all() or not (bank['path_index'] < n).all():
+        return 'its bank follows examples that it does not have'
     for k, v in e.tensors.items():
-        if v.dtype not in KINDS: return f'{k} is of a kind that no run has, {str(v.dtype).removeprefix("torch.")}'
+        if v.dtype not in KINDS: return f'{k} is of a kind that no run has, {_kind(v.dtype)}'
         if not v.isfinite().all(): return f'{k} holds what is no number'
-    if not all((bank[k] >= 0).all() for k in ('eps', 'used', 'realised', 'snapshots', 'path')): return 'its bank holds a negative radius'
+    if not all((bank[k] >= 0).all() for k in ('eps', 'used', 'realised', 'snapshots', 'path')):
+        return 'its bank holds a negative radius'
     weights = {which: e.part(which) for which in ('last', 'best')}
     for which, wanted in ((which, other) for other in (weights['last'], _expected(spec)) if other for which in weights):
         if _layout(weights[which]) != _layout(wanted): return f'its {which} weights are not those of its network'
     for which, expected in e.facts['weights'].items():
         if fingerprint_of(weights[which]) != expected: return f'its {which} weights are not those that its spec names'
     info = _official(spec)
-    return f'its bank has {n} radii, and {info.label} {info.n_train} training images' if info and n != info.n_train else ''
+    if not info or n == info.n_train: return ''
+    return f'its bank has {n} radii, and {info.label} {info.n_train} training images'
+
+
+def _kind(dtype: torch.dtype) -> str: return str(dtype).removeprefix('torch.')
 
 
 def _layout(weights: dict[str, Tensor]) -> dict[str, tuple]: return {k: (v.dtype, v.shape) for k, v in weights.items()}
@@ -127,7 +138,7 @@ def _official(spec: dict) -> datasets.DatasetInfo|None:
 
 
 def _expected(spec: dict) -> dict[str, Tensor]:
-    "Weights, without their values, of a network of this package on known data; nothing for all others, which only their owners can build."
+    "Weights, without values, of a network of this package on known data; nothing for all others."
     info = _official(spec)
     try: network = revived(spec['network'])
     except UserError: return {}
@@ -139,7 +150,8 @@ def _wrong_evaluation(e: Exported, file: str) -> str:
     "What is wrong with one of an export's evaluations."
     told, result = e.evaluations[file]['evaluation'], e.evaluations[file]['result']
     column = told['column']
-    if file != f'{column["piece"].rpartition(".")[2].lower()}-{digest(told)}.json': return f'{file!r} is not the name of its evaluation'
+    if file != f'{column["piece"].rpartition(".")[2].lower()}-{digest(told)}.json':
+        return f'{file!r} is not the name of its evaluation'
     if told['weights'] not in e.facts['weights'].values(): return f'{file} is of other weights'
     limits = [n for n in (told['examples'], column.get('limit')) if isinstance(n, int) and n]
     if any(result['n'] > n for n in limits): return f'{file} has more images than its evaluation takes'

@@ -168,7 +168,8 @@ def _escaped(value: Any) -> Any:
 def _escaped_labels(index: pd.Index) -> pd.Index:
     names = [_escaped(name) for name in index.names]
     if not isinstance(index, pd.MultiIndex): return pd.Index([_escaped(label) for label in index], name=names[0])
-    return pd.MultiIndex.from_tuples([tuple(map(_escaped, label)) for label in index], names=names) if len(index) else index
+    if not len(index): return index
+    return pd.MultiIndex.from_tuples([tuple(map(_escaped, label)) for label in index], names=names)
 
 
 def styled(

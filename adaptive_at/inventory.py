@@ -97,7 +97,9 @@ def everything(outputs: Path) -> list[Stored]:
 
 
 def spec_of(folder: Path) -> dict:
-    "The facts in a folder's `spec.json`, if they are of the run that the folder is named after. Raises a `UserError` otherwise, `Unreadable` where they cannot be read now."
+    """The facts in a folder's `spec.json`.
+    Raises a `UserError` where they are not of the run that the folder is named after,
+    `Unreadable` where they cannot be read now."""
     path = folder/'spec.json'
     try: facts = read_sealed(path)
     except FileNotFoundError as e: raise UserError(f'{path} is missing; the table that the run belongs to writes it anew.') from e
@@ -105,7 +107,8 @@ def spec_of(folder: Path) -> dict:
         right = plausible(facts) and digest(facts['run']) == FOLDER.fullmatch(folder.name)[2]
         if right: summary(Stored(folder, facts, []))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError): right = False
-    if not right: raise UserError(f'{path} is not of the run that its folder is named after; delete it and run the table again.')
+    if not right:
+        raise UserError(f'{path} is not of the run that its folder is named after; delete it and run the table again.')
     return facts
 
 
@@ -145,21 +148,25 @@ def planned(
 
 # %% ../nbs/92_inventory.ipynb #c40f82db
 def first_seed(spec: dict) -> dict:
-    "The spec of the same run from the first seed, 0, or 1000 for a surrogate's copy: what holds for one seed's run holds for all."
+    "The spec of the same run from the first seed, 0 (a surrogate's copy: 1000): who needs one needs the other."
     start = spec['start']
     return spec | {'seed': spec['seed'] // 1000 * 1000, 'start': first_seed(start) if start else start}
 
 
 def listed_runs(path: Path) -> list[str]:
-    "The run ids that a CSV file of a table names; none where it has no such column. Raises a `UserError` where it cannot be read, or was cut."
+    """The run ids that a CSV file of a table names; none where it has no such column.
+    Raises a `UserError` where it cannot be read, or was cut."""
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f'{path} cannot be read ({e.strerror if isinstance(e, OSError) else "it is no text"})') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f'{path} cannot be read ({e.strerror if isinstance(e, OSError) else "it is no text"})') from e
     try: lines = list(csv.DictReader(io.StringIO(text)))
     except csv.Error as e: raise UserError(f'{path} cannot be read ({e})') from e
     ids = [i for line in lines for i in (line.get('run') or '').split()]
     keeps = path.name.startswith('runs-')   # one run a line, and how many there are; older ones do not say
     cut = not text.endswith('\n') or '\0' in text or any(None in line or None in line.values() for line in lines)
-    if keeps: cut = cut or not ids or not all(re.fullmatch('[0-9a-f]{12}', i) for i in ids) or any(line.get('of') not in (None, str(len(lines))) for line in lines)
+    if keeps:
+        whole = all(line.get('of') in (None, str(len(lines))) for line in lines)
+        cut = cut or not ids or not whole or not all(re.fullmatch('[0-9a-f]{12}', i) for i in ids)
     if cut: raise UserError(f'{path} was cut')
     return ids
 
@@ -186,7 +193,8 @@ def inventory(
     "Every run of the store, and who needs it."
     runs = {s.id: s for s in everything(outputs)}
     plans, lists = planned(outputs, data_root, tell=tell), written(outputs, tell)
-    tables = {i: [*plans.get(digest(first_seed(s.spec)) if s.spec else i, []), *lists.get(i, [])] for i, s in runs.items()}
+    first = {i: digest(first_seed(s.spec)) if s.spec else i for i, s in runs.items()}
+    tables = {i: plans.get(first[i], []) + lists.get(i, []) for i in runs}
     weights = {w: i for i, s in runs.items() for w in s.facts.get('weights', {}).values()}
     needs, hidden = {}, {}
     for i, s in runs.items():
@@ -205,7 +213,7 @@ def inventory(
 
 
 def _sources(s: Stored) -> tuple[list[str], list[str]]:
-    "The fingerprints of the surrogates that a run was tested on, and a sentence for each file that may name more and cannot be read."
+    "Fingerprints of the surrogates that a run was tested on, and a sentence for each file that may name more."
     found, hidden = [], [f'what {s.folder.name} needs is not known: {s.problem}'] * bool(s.problem)
     for path in evaluation_files(s.folder):
         try: e = read_sealed(path).get('evaluation')
@@ -231,7 +239,8 @@ def aligned(lines: list[list[str]]) -> str:
 def summary(s: Stored) -> list[str]:
     "A run's line in the listing, without its size and what needs it. Raises what it raises where the spec is none."
     if s.spec: first_seed(s.spec)
-    return [s.id, s.method, s.spec.get('dataset', '?'), s.network, str(s.spec.get('seed', '?')), s.progress, s.accuracy('natural'), s.accuracy('robust')]
+    dataset, seed = (str(s.spec.get(k, '?')) for k in ('dataset', 'seed'))
+    return [s.id, s.method, dataset, s.network, seed, s.progress, s.accuracy('natural'), s.accuracy('robust')]
 
 
 def listing(runs: list[Stored]) -> str:
@@ -255,7 +264,9 @@ def shown(s: Stored) -> str:
     told = {'folder': str(s.folder), 'method': s.method, 'dataset': s.spec.get('dataset', '?'), 'network': s.network, 'seed': str(s.spec.get('seed', '?')), 'epochs': s.progress,
             'accuracy': f'natural {s.accuracy("natural")}%, robust {s.accuracy("robust")}% in the last epoch that was measured', 'size': megabytes(s.size), 'needed by': ', '.join(s.tables) or 'no table',
             'made with': '; '.join(', '.join(f'{k} {v}' for k, v in m.items()) for m in made)}
-    told |= {f'weights, {k}': v for k, v in s.facts.get('weights', {}).items()} | {k: s.facts[k] for k in ('diverged',) if k in s.facts} | ({'problem': s.problem or s.no_history} if s.problem or s.no_history else {})
+    told |= {f'weights, {k}': v for k, v in s.facts.get('weights', {}).items()}
+    if 'diverged' in s.facts: told['diverged'] = s.facts['diverged']
+    if s.problem or s.no_history: told['problem'] = s.problem or s.no_history
     lines = [[k, plain_text(v)] for k, v in told.items()]
     for path in evaluation_files(s.folder):
         try: result = read_sealed(path)['result']
@@ -282,18 +293,22 @@ def damages(s: Stored) -> list[str]:
     if s.finished or (folder/'radius.npz').exists():
         try: read_arrays(folder/'radius.npz', s.id)
         except UserError as e: found.append(str(e))
-    if weights and len(s.history) != s.epochs and not s.no_history: found.append(f'history.csv of {folder.name} has {len(s.history)} of {s.epochs} epochs')
+    if weights and len(s.history) != s.epochs and not s.no_history:
+        found.append(f'history.csv of {folder.name} has {len(s.history)} of {s.epochs} epochs')
     for path in evaluation_files(folder):
         try:
-            if not _is_evaluation(path, read_sealed(path)): found.append(f'{path} is of another evaluation, or its numbers contradict each other')
+            if not _is_evaluation(path, read_sealed(path)):
+                found.append(f'{path} is of another evaluation, or its numbers contradict each other')
         except UserError as e: found.append(str(e))
     return found
 
 
 def _checkpoint_damages(s: Stored, path: Path, holds: tuple[str, ...]) -> list[str]:
     saved, weights = read(path, s.id, *holds), s.facts.get('weights', {})
-    if path.stem in weights and fingerprint_of(saved['model']) != weights[path.stem]: raise Damaged(path, 'holds other weights than those that spec.json names')
-    if path.stem == 'last' and s.history and 'history' in saved and not _agree(saved['history'], s.history): return [f'history.csv of {s.folder.name} says something else than last.pt']
+    if path.stem in weights and fingerprint_of(saved['model']) != weights[path.stem]:
+        raise Damaged(path, 'holds other weights than those that spec.json names')
+    if path.stem == 'last' and s.history and 'history' in saved and not _agree(saved['history'], s.history):
+        return [f'history.csv of {s.folder.name} says something else than last.pt']
     return []
 
 

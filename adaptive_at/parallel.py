@@ -245,7 +245,7 @@ def launched(
         write_json(spec, {'run': told})
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', 'adaptive_at', 'train', str(spec),
                    '--outputs', str(outputs), '--data-root', str(data_root), '--device', device, '--dataset', dataset,
-                   *(word for module in foreign_modules(told) for word in ('--allow', module))]   # the caller has imported them
+                   *(word for module in foreign_modules(told) for word in ('--allow', module))]   # imported already
         with open(errors, 'wb') as log:
             job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True, preexec_fn=_die_with_parent if sys.platform.startswith('linux') else None)
         try:

@@ -43,7 +43,9 @@ def tensors(
     except FileNotFoundError as e: raise UserError(f'{file} does not exist.') from e
     except UserError: raise
     except Exception as e:  # torch raises a dozen types
-        if is_circumstance(e): raise Unreadable(f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.') from e
+        if is_circumstance(e):
+            said = f'{file} cannot be read ({why_failed(e)}); see to that, and run the same command again.'
+            raise Unreadable(said) from e
         raise UserError(f'{file} cannot be read as plain tensors ({type(e).__name__}); save `model.state_dict()` alone with torch.save, where you trust the file.') from e
     for name in ('state_dict', 'model_state_dict', 'model', 'net'):
         if isinstance(saved, Mapping) and isinstance(saved.get(name), Mapping): saved = saved[name]

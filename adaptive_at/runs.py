@@ -43,16 +43,18 @@ def read(
     run: str,     # the id of the run that it should be of
     *holds: str   # what it may hold
 ) -> dict:
-    "A checkpoint; weights and plain values only, never code. Raises `Damaged` where it cannot be trusted, `Unreadable` where it cannot be loaded now."
+    """A checkpoint; weights and plain values only, never code.
+    Raises `Damaged` where it cannot be trusted, `Unreadable` where it cannot be loaded now."""
     verified(path, run, *holds)
-    with loading(path, 'cannot be read as plain weights'): saved = torch.load(path, map_location='cpu', weights_only=True)
+    with loading(path, 'cannot be read as plain weights'):
+        saved = torch.load(path, map_location='cpu', weights_only=True)
     if not (isinstance(saved, dict) and isinstance(saved.get('epoch'), int) and isinstance(saved.get('model'), dict) and all(torch.is_tensor(v) for v in saved['model'].values())):
         raise Damaged(path, 'is no checkpoint of this package')
     return saved
 
 
 def restored(path: Path, run: Run, data: Dataset, device: str|torch.device) -> State:
-    "The state in a checkpoint. Raises `Damaged` where it cannot be trusted, `Unreadable` where it cannot be loaded now."
+    "The state in a checkpoint. Raises `Damaged` where it cannot be trusted, `Unreadable` where it does not load now."
     saved = read(path, run.id, 'part' if path.stem == 'within' else 'state')
     with loading(path): state = State(run, data, device)
     if other_shapes(saved, state.state_dict()): raise Damaged(path, 'does not fit this run (other shapes)')
@@ -70,7 +72,7 @@ def clear_away(paths: Iterable[Path]) -> None:
 
 
 def other_shapes(saved: Any, wanted: Any) -> bool:
-    "Has a tensor another shape than the one under the same keys of nested dictionaries? Those that only one side has do not count."
+    "Has a tensor in nested dictionaries another shape than the one under the same keys? Keys of one side do not count."
     if torch.is_tensor(saved) and torch.is_tensor(wanted): return saved.shape != wanted.shape
     if not (isinstance(saved, dict) and isinstance(wanted, dict)): return False
     return any(other_shapes(saved[k], wanted[k]) for k in saved.keys() & wanted.keys())
@@ -115,7 +117,7 @@ def sealed(
 
 
 def read_arrays(path: Path, run: str) -> dict[str, np.ndarray]:
-    "The content of `radius.npz`. Raises `Damaged` where it cannot be trusted, `Unreadable` where it cannot be loaded now."
+    "The content of `radius.npz`. Raises `Damaged` where it cannot be trusted, `Unreadable` where it does not load now."
     verified(path, run, 'radius')
     with loading(path, 'cannot be read as plain arrays'), np.load(path, allow_pickle=False) as f: return dict(f)
 
@@ -258,12 +260,14 @@ class Store:
         "The state of the newest checkpoint that can be trusted, None where there is none; those that cannot are set aside and said so."
         paths = [p for name in ('within.pt', 'last.pt', 'previous.pt') if (p := self.folder(run)/name).exists()]
         with suppress(Damaged, AttributeError):
-            if unsealed(self.folder(run)/'within.pt').epoch < unsealed(self.folder(run)/'last.pt').epoch: paths[:2] = paths[1::-1]  # the epoch was finished before the process was killed
+            if unsealed(self.folder(run)/'within.pt').epoch < unsealed(self.folder(run)/'last.pt').epoch:
+                paths[:2] = paths[1::-1]  # the epoch was finished before the process was killed
         for path in paths:
             try:
                 state = restored(path, run, data, device)
                 self._best(run, state, tell)
-                if path.name == 'last.pt': (self.folder(run)/'within.pt').unlink(missing_ok=True)   # of an epoch before it
+                if path.name == 'last.pt':
+                    (self.folder(run)/'within.pt').unlink(missing_ok=True)   # of an epoch before it
                 return state
             except Damaged as e: set_aside(e, path, tell)
             except Lost as e:
@@ -312,7 +316,9 @@ class Store:
         write_text(folder/'history.csv', text.getvalue())
 
     def model(self, run: Run, data: Dataset, which: str = 'last', device: str|torch.device = 'cpu', tell: Callable[[str], None] = print) -> Classifier:
-        "A run's network, `last` or `best`, in eval mode. Where its checkpoint is damaged, the run is trained again from the one before; one that cannot be loaded now is `Unreadable`."
+        """A run's network, `last` or `best`, in eval mode.
+        Where its checkpoint is damaged, the run is trained again from the one before.
+        Raises `Unreadable` where it cannot be loaded now."""
         path = self.folder(run)/f'{which}.pt'
         try: return self._built(run, data, which, device)
         except Damaged:

@@ -70,7 +70,8 @@ class Made(Struct):
     batch_norm: str|UnsetType = field(name='batch norm', default=UNSET)
 
     def __post_init__(self):
-        if self.batch_norm is not UNSET and self.processes is UNSET: raise ValueError('batch norm is told of, but not of how many processes')
+        if self.batch_norm is not UNSET and self.processes is UNSET:
+            raise ValueError('batch norm is told of, but not of how many processes')
 
 
 class Weights(Struct, forbid_unknown_fields=True):
@@ -113,7 +114,8 @@ class Epoch(Struct):
 
     def __post_init__(self):
         if (self.least_eps is UNSET) != (self.most_eps is UNSET): raise ValueError('one end of the radii is missing')
-        if self.top_class is not UNSET and UNSET in (self.test_natural, self.test_robust): raise ValueError('a measured epoch has no accuracy on the test part')
+        if self.top_class is not UNSET and UNSET in (self.test_natural, self.test_robust):
+            raise ValueError('a measured epoch has no accuracy on the test part')
 
 # %% ../nbs/92_schemas.ipynb #c89ee580
 class EvaluationSpec(Struct):
@@ -141,7 +143,8 @@ class Result(Struct):
     randomised: Share|UnsetType = UNSET
 
     def __post_init__(self):
-        if (self.standing is UNSET) == (self.scores is UNSET): raise ValueError('it must hold either verdicts or scores')
+        if (self.standing is UNSET) == (self.scores is UNSET):
+            raise ValueError('it must hold either verdicts or scores')
 
 
 class StoredEvaluation(Struct):
@@ -165,7 +168,8 @@ def check_plain(value: Any, where: str = '$', depth: int = 0) -> None:
     "Raises a `ValueError` that names the place of a number that is none, or of text that cannot be shown."
     if depth > DEPTH: raise ValueError('it is nested too deeply')
     if isinstance(value, float) and not math.isfinite(value): raise ValueError(f'{value} is no number - at `{where}`')
-    if isinstance(value, str) and not value.isprintable(): raise ValueError(f'{ascii(value)[:40]} cannot be shown - at `{where}`')
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f'{ascii(value)[:40]} cannot be shown - at `{where}`')
     if isinstance(value, list):
         for i, part in enumerate(value): check_plain(part, f'{where}[{i}]', depth + 1)
     if isinstance(value, dict):
@@ -180,27 +184,32 @@ def wrong_form(
     "What in an export has not the form of a run's; empty where all has it."
     try:
         check_plain({k: v for k, v in found.items() if k != 'history'})
-        if not isinstance(found['history'], str) or not found['history'].isascii(): raise ValueError('the history is no plain text')
+        if not isinstance(found['history'], str) or not found['history'].isascii():
+            raise ValueError('the history is no plain text')
         names = found['history'].partition('\n')[0].split(',')
         if len(names) != len(set(names)): raise ValueError('the history has two columns of one name')
         lines = parsed(found['history'])
         check_plain(lines, '$.history')
         export = msgspec.convert(found | {'history': lines}, Export)
     except csv.Error as e: return f'its history is no table ({e})'
-    except (ValueError, TypeError, AttributeError, msgspec.ValidationError) as e: return f'it has not the form of a run ({" ".join(str(e).split())[:200]})'
+    except (ValueError, TypeError, AttributeError, msgspec.ValidationError) as e:
+        return f'it has not the form of a run ({" ".join(str(e).split())[:200]})'
     return _wrong_numbers(export)
 
 
 def _wrong_numbers(export: Export) -> str:
     "What in an export of the right form contradicts itself."
     run, lines, best = export.spec.run, export.history, export.spec.best
-    if [h.epoch for h in lines] != list(range(1, run.training.epochs + 1)): return 'its history is not one line per epoch'
+    if [h.epoch for h in lines] != list(range(1, run.training.epochs + 1)):
+        return 'its history is not one line per epoch'
     robust, natural = f'{run.monitor.select}_robust', f'{run.monitor.select}_natural'
     for h in lines:
-        if h.top_class is not UNSET and getattr(h, robust) is UNSET: return f'epoch {h.epoch:.0f} of its history has no {robust}'
+        if h.top_class is not UNSET and getattr(h, robust) is UNSET:
+            return f'epoch {h.epoch:.0f} of its history has no {robust}'
     if best.epoch is UNSET: return ''
     if best.epoch > len(lines): return f'its best epoch, {best.epoch}, is not in its history'
     chosen = lines[best.epoch - 1]
     for told, name in ((best.robust, robust), (best.natural, natural)):
-        if told is not UNSET and told != getattr(chosen, name): return f'its best epoch, {best.epoch}, has another {name} in its history'
+        if told is not UNSET and told != getattr(chosen, name):
+            return f'its best epoch, {best.epoch}, has another {name} in its history'
     return ''

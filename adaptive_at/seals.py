@@ -96,26 +96,32 @@ def verified(
     return found
 
 # %% ../nbs/03_seals.ipynb #d76427d9
-FORMAT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error)
-FORMAT_MESSAGES = re.compile(r'PytorchStreamReader|unexpected pos|storage has wrong byte size|Invalid magic number|Error\(s\) in loading state_dict')  # PyTorch's, as RuntimeError
-NOT_OF_FORMAT = re.compile('While copying the parameter|alloc|CUDA|out of memory|file (read|open|seek|stat) failed|fread|iostream')  # what PyTorch may report under the same heading
+FORMAT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RecursionError,
+                 pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error)
+# PyTorch says both kinds with a RuntimeError, and may put a fault of the second under a heading of the first
+FORMAT_MESSAGES = re.compile(r'PytorchStreamReader|unexpected pos|storage has wrong byte size|Invalid magic number|'
+                             r'Error\(s\) in loading state_dict')
+NOT_OF_FORMAT = re.compile('While copying the parameter|alloc|CUDA|out of memory|'
+                           'file (read|open|seek|stat) failed|fread|iostream')
 
 
 def is_format_error(e: Exception) -> bool:
-    "Does `e` say that the content of a file is wrong? A lack of memory, a fault of a disk or a device say nothing of it."
-    if isinstance(e, RuntimeError) and not isinstance(e, RecursionError): return bool(FORMAT_MESSAGES.search(str(e))) and not NOT_OF_FORMAT.search(str(e))
-    return isinstance(e, (*FORMAT_ERRORS, RecursionError))
+    "Does `e` say that the content of a file is wrong?"
+    if isinstance(e, RuntimeError) and not isinstance(e, RecursionError):
+        return bool(FORMAT_MESSAGES.search(str(e))) and not NOT_OF_FORMAT.search(str(e))
+    return isinstance(e, FORMAT_ERRORS)
 
 
 def is_circumstance(e: Exception) -> bool:
     "Is `e` a lack of memory or a fault of a disk or a device?"
-    return isinstance(e, (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)) or isinstance(e, RuntimeError) and bool(NOT_OF_FORMAT.search(str(e)))
+    if isinstance(e, (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)): return True
+    return isinstance(e, RuntimeError) and bool(NOT_OF_FORMAT.search(str(e)))
 
 
 @contextmanager
 def loading(
     path: str|Path,
-    complaint: str = ''  # what is wrong with the file where its content is; empty: nothing here reads it, and code that is wrong raises as ever
+    complaint: str = ''  # what is wrong with the file where its content is; empty: only circumstances are looked for
 ) -> Iterator[None]:
     "Within, wrong content is `Damaged`; any other failure is `Unreadable`, and the file stays where it is."
     try: yield
@@ -123,13 +129,15 @@ def loading(
     except Exception as e:
         if complaint and is_format_error(e): raise Damaged(path, f'{complaint} ({type(e).__name__})') from e
         if not complaint and not is_circumstance(e): raise
-        raise Unreadable(f'{Path(path).name} of {Path(path).parent.name} could not be loaded ({why_failed(e)}); no file was changed: see to that, and run the same command again.') from e
+        raise Unreadable(f'{Path(path).name} of {Path(path).parent.name} could not be loaded ({why_failed(e)}); '
+                         'no file was changed: see to that, and run the same command again.') from e
 
 
 def why_failed(e: Exception) -> str:
     "The reason of a failure, in a few words."
     if isinstance(e, OSError) and e.strerror: return e.strerror
-    if isinstance(e, MemoryError) or re.search('DefaultCPUAllocator|out of memory', str(e)): return 'there is too little memory'
+    if isinstance(e, MemoryError) or re.search('DefaultCPUAllocator|out of memory', str(e)):
+        return 'there is too little memory'
     return f'{type(e).__name__}: {" ".join(str(e).split())[:200].rstrip(".")}'
 
 # %% ../nbs/03_seals.ipynb #edc4c9fb

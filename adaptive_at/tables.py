@@ -137,7 +137,8 @@ def _cell(self:Results, block: int, row: str, column: str, which: str, notes: di
         if where not in notes.setdefault(f'⚠ {line["warning"]}', []): notes[f'⚠ {line["warning"]}'].append(where)
         ours = ours + ' ' + tag('sup', '⚠', title=line['warning'])
     cell = lines_of([ours, theirs] if theirs else [ours])
-    return cell if np.isnan(line['difference']) else cell + ' ' + tag('span', f'{line["difference"]:+.1f}', kind='difference')
+    if np.isnan(line['difference']): return cell
+    return cell + ' ' + tag('span', f'{line["difference"]:+.1f}', kind='difference')
 
 @patch
 def heading(self:Results, checkpoints: str = '') -> str:
@@ -313,9 +314,13 @@ def write(self:Results) -> Path:
 def provenance(self:Results) -> Styler:
     "How to repeat this, and what it ran on."
     plan = self.plan
-    facts = {'command': tag('code', plan.parameters.command()), 'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none', 'device': hardware(plan.session.device),
+    facts = {'command': tag('code', plan.parameters.command()),
+             'preset': plan.preset.name, 'departures': '; '.join(plan.overrides) or 'none',
+             'device': hardware(plan.session.device),
              'versions': ', '.join(f'{k} {v}' for k, v in versions().items()), 'date': time.strftime('%Y-%m-%d'), 'wall time': spoken(time.time() - plan.parameters.began), **({'training and evaluating': self.estimated} if self.estimated else {}),
-             'trained with': lines_of(trained_with(plan)), 'runs': lines_of(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}' for b in plan.blocks for row, runs in b.runs.items())}
+             'trained with': lines_of(trained_with(plan)),
+             'runs': lines_of(f'{plan.named(b)}, {row}: {" ".join(r.id for r in runs)}'
+                              for b in plan.blocks for row, runs in b.runs.items())}
     return styled(pd.DataFrame({'this run': facts}), 'Provenance', [])
 
 
@@ -385,9 +390,11 @@ def _lacking(plan: Plan) -> str:
 
 
 def _note(plan: Plan) -> None:
-    "Write the ids of the runs that this command needs, those of its figures too, and in each line how many there are: `runs prune` keeps them, and sees where the file was cut."
+    """Write the ids of the runs that this command needs, those of its figures too, and in each line how many there are:
+    `runs prune` keeps them, and sees where the file was cut."""
     ids = dict.fromkeys(run.id for b in plan.blocks for runs in b.runs.values() for run in runs)
-    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', ''.join(f'{line}\n' for line in ['run,of', *(f'{i},{len(ids)}' for i in ids)]))
+    lines = ['run,of', *(f'{i},{len(ids)}' for i in ids), '']
+    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', '\n'.join(lines))
 
 
 def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:

@@ -36,7 +36,9 @@ def spec_with(**changes):
 
 
 def facts_with(**changes):
-    def spoil(folder): write_sealed(folder/"spec.json", read_sealed(folder/"spec.json") | {k.replace("_", " "): v for k, v in changes.items()})
+    def spoil(folder):
+        write_sealed(folder/"spec.json", read_sealed(folder/"spec.json") | {k.replace("_", " "): v for k,
+                                                                            v in changes.items()})
     return spoil
 
 
@@ -63,17 +65,42 @@ def folder_instead(name):
 
 
 SPOILT = {
-    "no spec": lambda folder: (folder/"spec.json").unlink(), "empty spec": file("spec.json", b""), "no text": file("spec.json", b"\xff\xfe"), "a list": file("spec.json", b"[]"), "nested": file("spec.json", b"[" * 10**5), "nan": file("spec.json", b'{"run": NaN}'),
-    "no run": file("spec.json", b'{"run": null}'), "a folder for a spec": folder_instead("spec.json"), "a run of nothing": spec_with(**{k: KeyError for k in ("method", "network", "training")}), "no method": spec_with(method=KeyError), "a method of text": spec_with(method="x"),
-    "a method of numbers": spec_with(method={"radius": 1, "attack": 2, "objective": 3, "weights": 4}), "pieces of numbers": spec_with(method={k: {"piece": 1} for k in ("radius", "attack", "objective", "weights")}), "no network": spec_with(network={"x": 1}),
-    "a network of text": spec_with(network="x"), "a seed of text": spec_with(seed="x"), "no seed": spec_with(seed=KeyError), "a huge seed": spec_with(seed=10**30), "no start": spec_with(start=KeyError), "a start of text": spec_with(start="x"),
-    "a start of nothing": spec_with(start={"x": 1}), "no training": spec_with(training=None), "epochs of text": spec_with(training={"epochs": "x"}), "control characters": spec_with(dataset="\x1b[2J\nx"), "half a character": spec_with(dataset="\ud800"),
-    "made by nobody": facts_with(made_with=[]), "made with control characters": facts_with(made_with=[{"threads": 1, "device": "\x1b[2J\n\ud800"}]), "weights of numbers": facts_with(weights={"last": 1, "best": 2}), "weights of lists": facts_with(weights={"last": [], "best": {}}),
-    "a diverged number": facts_with(diverged=3), "a diverged run": facts_with(diverged="\x1b[2J\n"), "history of bytes": file("history.csv", b"\xff\x00"), "history of nothing": file("history.csv", b""), "history of text": file("history.csv", b"a,b\nx,y\n"),
-    "history of more cells": file("history.csv", b"epoch\n1,2,3\n"), "history of no numbers": file("history.csv", b"epoch,test_natural\n1,nan\n"), "a folder for a history": folder_instead("history.csv"), "an evaluation of bytes": file("evals/clean-*.json", b"\xff"),
-    "an evaluation of a list": file("evals/clean-*.json", b"[]"), "an evaluation of nothing": file("evals/clean-*.json", b"{}"), "an evaluation of text": evaluation_with(evaluation="x"), "an evaluation of a list of sources": evaluation_with(evaluation={"source": []}),
-    "no result": evaluation_with(result=None), "a result of text": evaluation_with(result="x"), "a result of nan": evaluation_with(result={"accuracy": "nan", "n": 1, "standing": "1"}), "a folder for an evaluation": folder_instead("evals/clean-*.json"),
-    "an evaluation in depth": file("evals/clean-*.json", b"[" * 10**5), "a checkpoint of text": file("last.pt", b"text"), "an empty checkpoint": file("best.pt", b""), "a folder for a checkpoint": folder_instead("last.pt"), "a folder for a bank": folder_instead("radius.npz"),
+    "no spec": lambda folder: (folder/"spec.json").unlink(), "empty spec": file("spec.json", b""),
+    "no text": file("spec.json", b"\xff\xfe"), "a list": file("spec.json", b"[]"),
+    "nested": file("spec.json", b"[" * 10**5), "nan": file("spec.json", b'{"run": NaN}'),
+    "no run": file("spec.json", b'{"run": null}'), "a folder for a spec": folder_instead("spec.json"),
+    "a run of nothing": spec_with(**{k: KeyError for k in ("method", "network", "training")}),
+    "no method": spec_with(method=KeyError), "a method of text": spec_with(method="x"),
+    "a method of numbers": spec_with(method={"radius": 1, "attack": 2, "objective": 3, "weights": 4}),
+    "pieces of numbers": spec_with(method={k: {"piece": 1} for k in ("radius", "attack", "objective", "weights")}),
+    "no network": spec_with(network={"x": 1}),
+    "a network of text": spec_with(network="x"), "a seed of text": spec_with(seed="x"),
+    "no seed": spec_with(seed=KeyError), "a huge seed": spec_with(seed=10**30), "no start": spec_with(start=KeyError),
+    "a start of text": spec_with(start="x"),
+    "a start of nothing": spec_with(start={"x": 1}), "no training": spec_with(training=None),
+    "epochs of text": spec_with(training={"epochs": "x"}), "control characters": spec_with(dataset="\x1b[2J\nx"),
+    "half a character": spec_with(dataset="\ud800"),
+    "made by nobody": facts_with(made_with=[]),
+    "made with control characters": facts_with(made_with=[{"threads": 1, "device": "\x1b[2J\n\ud800"}]),
+    "weights of numbers": facts_with(weights={"last": 1, "best": 2}),
+    "weights of lists": facts_with(weights={"last": [], "best": {}}),
+    "a diverged number": facts_with(diverged=3), "a diverged run": facts_with(diverged="\x1b[2J\n"),
+    "history of bytes": file("history.csv", b"\xff\x00"), "history of nothing": file("history.csv", b""),
+    "history of text": file("history.csv", b"a,b\nx,y\n"),
+    "history of more cells": file("history.csv", b"epoch\n1,2,3\n"),
+    "history of no numbers": file("history.csv", b"epoch,test_natural\n1,nan\n"),
+    "a folder for a history": folder_instead("history.csv"),
+    "an evaluation of bytes": file("evals/clean-*.json", b"\xff"),
+    "an evaluation of a list": file("evals/clean-*.json", b"[]"),
+    "an evaluation of nothing": file("evals/clean-*.json", b"{}"),
+    "an evaluation of text": evaluation_with(evaluation="x"),
+    "an evaluation of a list of sources": evaluation_with(evaluation={"source": []}),
+    "no result": evaluation_with(result=None), "a result of text": evaluation_with(result="x"),
+    "a result of nan": evaluation_with(result={"accuracy": "nan", "n": 1, "standing": "1"}),
+    "a folder for an evaluation": folder_instead("evals/clean-*.json"),
+    "an evaluation in depth": file("evals/clean-*.json", b"[" * 10**5),
+    "a checkpoint of text": file("last.pt", b"text"), "an empty checkpoint": file("best.pt", b""),
+    "a folder for a checkpoint": folder_instead("last.pt"), "a folder for a bank": folder_instead("radius.npz"),
 }
 
 
@@ -95,9 +122,11 @@ def test_one_bad_file_hides_no_other_run(name, outputs, capsys):  # noqa: F811
     assert (code, err) == (0, "") and theirs in out and "\x1b" not in out
     out.encode()
     code, out, err = cli(capsys, "verify", "--outputs", outputs)
-    assert err == "" and all(theirs in line or line.endswith(("damaged files: run the tables that need them again, and they are made anew", "all intact")) for line in out.splitlines()), out
+    assert err == "" and all(theirs in line
+                             or line.endswith(("damaged files: run the tables that need them again, and they are made anew", "all intact")) for line in out.splitlines()), out
     code, out, err = cli(capsys, "prune", "--yes", "--outputs", outputs)
-    assert {s.tables for s in inv.inventory(outputs) if not s.problem} == {("table1_daat quick",)} and "Traceback" not in err
+    assert {s.tables for s in inv.inventory(outputs) if not s.problem} == {("table1_daat quick",)}
+    assert "Traceback" not in err
 
 
 @contextmanager
@@ -105,7 +134,8 @@ def another_users(name, monkeypatch):
     "Within, no file of this name can be opened, as when it belongs to somebody else."
     whole = io.open
     def opened(file, *args, **kwargs):
-        if not isinstance(file, int) and Path(os.fsdecode(file)).match(name): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
+        if not isinstance(file, int) and Path(os.fsdecode(file)).match(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), file)
         return whole(file, *args, **kwargs)
     with monkeypatch.context() as theirs:
         theirs.setattr(io, "open", opened)
@@ -120,7 +150,8 @@ def test_a_file_that_may_not_be_read_hides_no_other_run(name, outputs, capsys, m
     with another_users(f"{mine}/{'evals/' * name.startswith('clean')}{name}", monkeypatch):
         code, out, _ = cli(capsys, "list", "--outputs", outputs)
         line, = [line for line in out.splitlines() if line.startswith(alone(7).id)]
-        assert code == 0 and out.splitlines()[-1].startswith("4 runs, ") and ("unreadable" in line) == (name in ("spec.json", "history.csv"))
+        assert code == 0 and out.splitlines()[-1].startswith("4 runs, ")
+        assert ("unreadable" in line) == (name in ("spec.json", "history.csv"))
         code, out, _ = cli(capsys, "show", alone(7).id, "--outputs", outputs)
         assert code == 0 and (name.endswith((".pt", ".npz")) or "unreadable" in out or "Permission denied" in out)
         code, out, err = cli(capsys, "verify", "--outputs", outputs)
@@ -143,7 +174,8 @@ def noted(outputs, text, name="runs-0123456789ab.csv"):  # noqa: F811
 def refuses_to_prune(outputs, capsys, *says):  # noqa: F811
     before = folders(outputs)
     code, out, err = cli(capsys, "prune", "--yes", "--outputs", outputs)
-    assert code == 1 and out == "" and all(word in err for word in says) and err.endswith("nothing was removed, because not all that tables need is known\n"), err
+    assert code == 1 and out == "" and all(word in err
+                                           for word in says) and err.endswith("nothing was removed, because not all that tables need is known\n"), err
     assert folders(outputs) == before
     assert cli(capsys, "list", "--outputs", outputs)[0] == 0
 
@@ -158,7 +190,8 @@ def test_a_keep_list_that_is_cut_anywhere_offers_nothing(outputs, capsys):  # no
     _note(Told)
     path, = Told.folder.glob("runs-*.csv")
     whole = path.read_text()
-    assert inv.listed_runs(path) == [r.id for r in (alone(7), alone(8, start=alone(9)), alone(9))] and {s.tables for s in inv.inventory(outputs)} == {("table1_daat quick",), ("table2_saat quick",)}
+    assert inv.listed_runs(path) == [r.id for r in (alone(7), alone(8, start=alone(9)), alone(9))]
+    assert {s.tables for s in inv.inventory(outputs)} == {("table1_daat quick",), ("table2_saat quick",)}
     for length in range(len(whole)):
         path.write_text(whole[:length])
         with pytest.raises(UserError, match="was cut"): inv.listed_runs(path)
@@ -168,8 +201,12 @@ def test_a_keep_list_that_is_cut_anywhere_offers_nothing(outputs, capsys):  # no
     assert "3 runs removed" in cli(capsys, "prune", "--yes", "--outputs", outputs)[1]
 
 
-@pytest.mark.parametrize("text, name", [(f"run\n{alone(7).id}", "runs-1.csv"), (f"run\n{alone(7).id[:5]}\n", "runs-1.csv"), ("run\n", "runs-1.csv"), ("", "runs-1.csv"), ("row,value,run\nDAAT,3", "table.csv"),
-                                        ("row,value,run\nDAAT,3\n", "table.csv"), (f"row,run\nDAAT,{alone(7).id}", "table.csv"), ("row,r", "table.csv"), ("row,run\nx,\0\n", "table.csv"), ("", "table.csv")])
+@pytest.mark.parametrize("text, name", [(f"run\n{alone(7).id}", "runs-1.csv"),
+                                        (f"run\n{alone(7).id[:5]}\n", "runs-1.csv"), ("run\n", "runs-1.csv"),
+                                        ("", "runs-1.csv"), ("row,value,run\nDAAT,3", "table.csv"),
+                                        ("row,value,run\nDAAT,3\n", "table.csv"), (f"row,run\nDAAT,{alone(7).id}",
+                                            "table.csv"), ("row,r", "table.csv"), ("row,run\nx,\0\n",
+                                            "table.csv"), ("", "table.csv")])
 def test_a_list_that_may_be_cut_offers_nothing(text, name, outputs, capsys):  # noqa: F811
     path = noted(outputs, text, name)
     refuses_to_prune(outputs, capsys, f"{path.parent.name}/{name}")
@@ -193,7 +230,8 @@ def test_a_list_that_may_not_be_read_offers_nothing(outputs, capsys, monkeypatch
 def test_what_a_needed_run_needs_is_not_offered_where_its_file_is_bad(name, outputs, capsys):  # noqa: F811
     store, run = Store(outputs/"runs"), alone(8, start=alone(9))
     weights = [store.facts(r)["weights"]["last"] for r in (run, alone(7))]
-    store.evaluate(run, evaluation(Transfer(PGD(0.05, 1), 0.1), digits().info.identity, *weights, examples=10), digits(), source=store.model(alone(7), digits()))
+    store.evaluate(run, evaluation(Transfer(PGD(0.05, 1), 0.1), digits().info.identity, *weights, examples=10),
+                   digits(), source=store.model(alone(7), digits()))
     noted(outputs, f"run\n{run.id}\n")
     assert {s.id: s.tables for s in inv.inventory(outputs)}[alone(7).id] == ("table2_saat quick",)
     path, = store.folder(run).glob(name)
@@ -207,7 +245,8 @@ def test_a_broken_dataset_folder_hides_no_run_from_the_plans(outputs, capsys, tm
     (tmp_path/"data"/"imagenet"/"train"/"n01"/"x.JPEG").write_bytes(b"")   # and val holds nothing
     monkeypatch.setattr(command, "project_root", lambda: tmp_path)
     code, out, err = cli(capsys, "list", "--outputs", outputs)
-    assert code == 0 and out.splitlines()[-1].startswith("4 runs, ") and "what table3_iaat needs in preset paper is not known: " in err and "table1_daat quick" in out
+    assert code == 0 and out.splitlines()[-1].startswith("4 runs, ")
+    assert "what table3_iaat needs in preset paper is not known: " in err and "table1_daat quick" in out
     refuses_to_prune(outputs, capsys, "what table3_iaat needs")
 
 

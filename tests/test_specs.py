@@ -56,7 +56,8 @@ def test_a_module_is_imported_only_where_it_is_allowed(theirs):
     mark, told = theirs
     assert foreign_modules(told) == ["their_rules"]
     for allow in ((), ("their",), ("their_rules.Halved",), ("os",)):
-        assert "their_rules.Halved, which is not of this package" in sentence(told, allow) and "--allow their_rules" in sentence(told, allow)
+        assert "their_rules.Halved, which is not of this package" in sentence(told, allow)
+        assert "--allow their_rules" in sentence(told, allow)
     assert not mark.exists() and "their_rules" not in sys.modules
     run = revived(told, ["their_rules"])
     assert mark.exists() and describe(run) == told and not undivided(run)
@@ -67,7 +68,9 @@ def test_a_module_is_imported_only_where_it_is_allowed(theirs):
 def test_the_train_command_trains_what_is_allowed(theirs, tmp_path, capsys):
     mark, told = theirs
     write_json(tmp_path/"spec.json", {"run": told})
-    def train(*more): return main(["train", str(tmp_path/"spec.json"), "--outputs", str(tmp_path), "--data-root", str(tmp_path), *more]), *capsys.readouterr()
+    def train(*more):
+        return main(["train", str(tmp_path/"spec.json"), "--outputs", str(tmp_path), "--data-root", str(tmp_path),
+                     *more]), *capsys.readouterr()
     code, out, err = train()
     assert code == 1 and not out and err.count("\n") == 1 and "add `--allow their_rules`" in err and not mark.exists()
     code, out, err = train("--allow", "json", "--allow", "their_rules")
@@ -85,22 +88,30 @@ def put(path, value):
     return told
 
 
-NO_PIECES = ["os.system", "adaptive_at.core.os.system", "adaptive_at.runs.np", "adaptive_at.core.write_text", "adaptive_at.inventory.remove", "adaptive_at.networks.Classifier", "adaptive_at.runs.Store",
+NO_PIECES = ["os.system", "adaptive_at.core.os.system", "adaptive_at.runs.np", "adaptive_at.core.write_text",
+             "adaptive_at.inventory.remove", "adaptive_at.networks.Classifier", "adaptive_at.runs.Store",
              "adaptive_at.runs.Run", "adaptive_at.nothing.X", "adaptive_at.core", "adaptive_at", "os", "", ".", "..core.X", "__main__.X", 3, None, ["adaptive_at.attacks.PGD"], {}]
 
 
 @pytest.mark.parametrize("name", NO_PIECES, ids=str)
 @pytest.mark.parametrize("as_what", ["piece", "function"])
 def test_a_name_of_no_piece_is_a_sentence(name, as_what, monkeypatch):
-    assert sentence(put("method.attack", {"piece": name, "version": 1} if as_what == "piece" else {"function": name, "source": None}))
+    assert sentence(put("method.attack", {"piece": name, "version": 1}
+                        if as_what == "piece" else {"function": name, "source": None}))
 
 
 @pytest.mark.parametrize("path, value, said", [
-    ("method.attack.alpha", KeyError, "no alpha"), ("method.attack.shell", "x", "shell, which it does not know"), ("seed", KeyError, "no seed"), ("network", describe(Fixed(0.1)), "it must be Network"),
-    ("method", describe(Fixed(0.1)), "it must be Method"), ("method.attack", describe(Fixed(0.1)), "it must be PGD"), ("method.attack", "PGD", "it must be"), ("method.attack", [1], "it must be"), ("seed", "0", "it must be int"),
-    ("seed", 1.5, "it must be int"), ("seed", True, "it must be int"), ("start", {"a": 1}, "it must be"), ("dataset", 3, "it must be str"), ("training.epochs", "7", "it must be int"), ("training.epochs", -1, "epochs is -1"),
-    ("training.lr", None, "it must be float"), ("training.precision", "fp8", "precision is 'fp8'"), ("training.version", 99, "another version"), ("method.attack.source", {}, "another version"),
-    ("network.mean", ["a"], "it must be"), ("network.mean", {"x": 1}, "it must be"), ("monitor.select", "train", "select is 'train'"), ("method.radius.eps", float("nan"), "")], ids=lambda v: str(v)[:40])
+    ("method.attack.alpha", KeyError, "no alpha"), ("method.attack.shell", "x", "shell, which it does not know"),
+    ("seed", KeyError, "no seed"), ("network", describe(Fixed(0.1)), "it must be Network"),
+    ("method", describe(Fixed(0.1)), "it must be Method"), ("method.attack", describe(Fixed(0.1)), "it must be PGD"),
+    ("method.attack", "PGD", "it must be"), ("method.attack", [1], "it must be"), ("seed", "0", "it must be int"),
+    ("seed", 1.5, "it must be int"), ("seed", True, "it must be int"), ("start", {"a": 1}, "it must be"),
+    ("dataset", 3, "it must be str"), ("training.epochs", "7", "it must be int"),
+    ("training.epochs", -1, "epochs is -1"),
+    ("training.lr", None, "it must be float"), ("training.precision", "fp8", "precision is 'fp8'"),
+    ("training.version", 99, "another version"), ("method.attack.source", {}, "another version"),
+    ("network.mean", ["a"], "it must be"), ("network.mean", {"x": 1}, "it must be"), ("monitor.select", "train",
+        "select is 'train'"), ("method.radius.eps", float("nan"), "")], ids=lambda v: str(v)[:40])
 def test_values_that_no_piece_takes_are_a_sentence(path, value, said): assert said in sentence(put(path, value))
 
 

@@ -244,8 +244,11 @@ def test_a_malicious_file_is_refused_and_not_executed(name, with_seal, kept, cop
 # Failures that say nothing of a file: nothing is renamed, and the same command goes on when they are over
 
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)")
-FAILURES = {"memory": MemoryError(), "allocator": ALLOCATOR, "GPU memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "disk": OSError(errno.EIO, "Input/output error"),
-            "GPU": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "read": RuntimeError("PytorchStreamReader failed reading file data/0: file read failed"),
+FAILURES = {"memory": MemoryError(), "allocator": ALLOCATOR,
+            "GPU memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+            "disk": OSError(errno.EIO, "Input/output error"),
+            "GPU": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+            "read": RuntimeError("PytorchStreamReader failed reading file data/0: file read failed"),
             "copy": RuntimeError('Error(s) in loading state_dict for Sequential:\n\tWhile copying the parameter named "0.weight", an exception occurred : (\'CUDA error: unknown error\',).')}
 
 
@@ -254,7 +257,9 @@ def failing(failure):
     return fail
 
 
-def files(store): return {p.relative_to(store.root): p.read_bytes() for p in store.root.rglob("*") if p.is_file() and "lock" not in p.name}
+def files(store):
+    return {p.relative_to(store.root): p.read_bytes() for p in store.root.rglob("*") if p.is_file()
+            and "lock" not in p.name}
 
 
 def refused_for_now(work, name):
@@ -265,7 +270,8 @@ def refused_for_now(work, name):
     assert "no file was changed" in text or "cannot be read (Input/output error)" in text, text
 
 
-@pytest.mark.parametrize("where", [(torch, "load"), (torch.nn.Module, "load_state_dict"), (torch.nn.Module, "to")], ids=["reading", "copying", "moving"])
+@pytest.mark.parametrize("where", [(torch, "load"), (torch.nn.Module, "load_state_dict"), (torch.nn.Module, "to")],
+                         ids=["reading", "copying", "moving"])
 def test_weights_that_cannot_be_loaded_now_stay_where_they_are(where, kept, copied, monkeypatch):
     before, built = files(copied), tiny().network.build(10, 1)
     monkeypatch.setattr(NarrowResNet, "build", lambda *args: built)
@@ -277,7 +283,8 @@ def test_weights_that_cannot_be_loaded_now_stay_where_they_are(where, kept, copi
     assert fingerprint(copied.model(tiny(), digits())) == kept.facts(tiny())["weights"]["last"]
 
 
-@pytest.mark.parametrize("where", [(torch, "load"), (State, "__init__"), (State, "load_state_dict")], ids=["reading", "making", "copying"])
+@pytest.mark.parametrize("where", [(torch, "load"), (State, "__init__"), (State, "load_state_dict")],
+                         ids=["reading", "making", "copying"])
 def test_a_state_that_cannot_be_loaded_now_stays_where_it_is(where, kept, copied, monkeypatch):
     (copied.folder(tiny())/"history.csv").unlink()   # the run counts as begun
     before, said = files(copied), []
@@ -287,7 +294,8 @@ def test_a_state_that_cannot_be_loaded_now_stays_where_it_is(where, kept, copied
             broken.setattr(*where, failing(FAILURES[failure]))
             refused_for_now(lambda: copied.train(tiny(), digits(), tell=said.append), "last.pt")
         assert files(copied) == before and not said, failure
-    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"] and numbers_of(copied) == numbers_of(kept)
+    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert numbers_of(copied) == numbers_of(kept)
 
 
 def test_a_bank_that_cannot_be_loaded_now_stays_where_it_is(copied, monkeypatch):
@@ -305,7 +313,9 @@ def test_a_file_that_the_system_does_not_let_us_read_stays_where_it_is(name, kep
     "The disk fails at the first, or at a later, read of the file."
     path, = copied.folder(tiny()).glob(name)
     e, before = clean(kept), files(copied)
-    def all_of_it(): return copied.history(tiny()), copied.radius(tiny()), [copied.model(tiny(), digits(), w) for w in ("last", "best")], copied.verdicts(tiny(), e)
+    def all_of_it():
+        return copied.history(tiny()), copied.radius(tiny()), [copied.model(tiny(), digits(), w)
+                                                               for w in ("last", "best")], copied.verdicts(tiny(), e)
     for place in (0, 1):
         if place and path.suffix in (".csv", ".json"): continue   # one read
         with unreadable(path, place, monkeypatch): refused_for_now(all_of_it, path.name)
@@ -321,7 +331,8 @@ def test_a_state_of_other_shapes_is_damaged(kept, copied):
     saved["bank"]["eps"] = saved["bank"]["eps"][:1].clone()
     torch.save(saved, path)
     resealed(path)
-    assert copied.train(tiny(), digits(), tell=said.append) and "does not fit this run" in said[0] and "set aside as last.damaged" in said[0]
+    assert copied.train(tiny(), digits(), tell=said.append) and "does not fit this run" in said[0]
+    assert "set aside as last.damaged" in said[0]
     assert numbers_of(copied) == numbers_of(kept)
 
 

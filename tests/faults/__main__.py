@@ -17,7 +17,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.partition(": ")[2])
     parser.add_argument("--kills", type=int, default=50, help="processes to kill (default 50)")
     parser.add_argument("--damages", type=int, default=len(damage.CASES), help=f"files to damage (default and at most {len(damage.CASES)})")
-    parser.add_argument("--failures", type=int, default=len(failures.CASES), help=f"files that fail for a while, for want of memory or permission, or by an error of the disk (default and at most {len(failures.CASES)})")
+    parser.add_argument("--failures", type=int, default=len(failures.CASES),
+                        help=f"files that fail for a while, for want of memory or permission, or by an error of the disk (default and at most {len(failures.CASES)})")
     parser.add_argument("--processes", type=int, default=4, help="that share an empty store (default 4)")
     parser.add_argument("--each", type=int, default=1, help="fail at every n-th write of a run; 0: at none (default 1)")
     parser.add_argument("--notebooks", action="store_true", help="also a bad value in every table notebook, through papermill")
@@ -38,7 +39,8 @@ def main(arguments=None):
             wrong += found.wrong
             print(found, flush=True)
         if told.failures:
-            cases = sorted(random.Random(told.seed).sample(failures.CASES, min(told.failures, len(failures.CASES))), key=failures.CASES.index)
+            chosen = random.Random(told.seed).sample(failures.CASES, min(told.failures, len(failures.CASES)))
+            cases = sorted(chosen, key=failures.CASES.index)
             found = failures.campaign(Path(folder)/"failures", cases, tell)
             wrong += found.wrong
             print(found, flush=True)

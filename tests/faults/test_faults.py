@@ -34,10 +34,11 @@ def test_damaged_files_never_give_another_number(bases, tmp_path):
 
 
 def test_files_that_fail_for_a_while_stay_and_are_read_afterwards(bases, tmp_path):
-    cases = [("finished", "last.pt", "short memory"), ("begun", "within.pt", "I/O error after the checksum"), ("begun", "last.pt", "short memory"), ("finished", "spec.json", "unreadable"), ("attacked", "evals/*.part.json", "I/O error")]
+    cases = [("finished", "last.pt", "short memory"), ("begun", "best.pt", "I/O error after the checksum"),
+             ("begun", "last.pt", "short memory"), ("finished", "spec.json", "unreadable")]
     found = failures.campaign(tmp_path, cases, bases=bases)
     print(found)
-    assert not found.wrong and found.outcomes.total() == len(cases) and found.outcomes["not needed"] <= 1
+    assert not found.wrong and found.outcomes.total() == len(cases) and not found.outcomes["not needed"]
 
 
 def test_four_processes_share_an_empty_store(tmp_path):
@@ -96,7 +97,8 @@ def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
 
 
 def test_the_table_names_its_methods():
-    assert len(METHODS) >= 6 and len(damage.CASES) >= 40 and {fault for _, _, fault in failures.CASES} == set(failures.FAILURES) and len(failures.CASES) >= 30 and set(notebooks.BAD) == set(notebooks.TABLES)
+    assert {fault for _, _, fault in failures.CASES} == set(failures.FAILURES) and len(failures.CASES) >= 25
+    assert len(METHODS) >= 6 and len(damage.CASES) >= 40 and set(notebooks.BAD) == set(notebooks.TABLES)
 
 
 def test_every_notebook_refuses_a_bad_value(tmp_path, monkeypatch):
