@@ -31,7 +31,7 @@ from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
 from .figures import GREY, PALETTE, Html, look, styled, tag, tidy
 from .iaat import iaat
 from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
-from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
+from .networks import NETWORKS, Classifier, Network, approve_folding, folded, frozen, in_mode, network
 from .parameters import COMMON, Parameter, checked, listed, refuse_unknown
 from .plans import flops, measured_cost, usable
 from .radius import Setting
@@ -228,6 +228,7 @@ class Task:
     def model(self, channels_last: bool = True) -> Classifier:
         "A new network in train mode."
         net = self.network.build(self.classes, self.x.shape[1], key('benchmark')).laid_out(self.x.device)
+        approve_folding(net, self.x)   # as a run does
         return (net if channels_last else net.to(memory_format=torch.contiguous_format)).train()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .networks import Dropout, in_mode, memory_format
+from .networks import Dropout, ThinConv2d, in_mode, memory_format
 from .streams import key, uniform
 from .weights import buffers_kept
 
@@ -70,7 +70,7 @@ def compiled(
     kind = next(model.parameters()).device
     x = uniform(key('compiled'), torch.arange(shape[0], device=kind), tuple(shape[1:]))
     try:
-        if kind.type == 'cpu' and memory_format(model) is not torch.channels_last: raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
+        if kind.type == 'cpu' and (memory_format(model) is not torch.channels_last or any(isinstance(m, ThinConv2d) for m in model.modules())): raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
         if any(isinstance(m, Dropout) and m.p for m in model.modules()): raise NotImplementedError('dropout that counts its calls')   # PyTorch 2.15 crashes on a CPU
         with torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
             imaged = _graph(model, x, mode, False, lowered) if mode else None

@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .attacks import CrossEntropy, KL, NormalStart, PGD, checked, gradient, per_example
 from .core import Milestones, Ramp, UserError, at_least, one_of, unhashed
 from .methods import Method, Training, at, trades, unit
-from .networks import MODES, Classifier, Network, fingerprint, in_mode
+from .networks import MODES, Classifier, Network, approve_folding, fingerprint, in_mode
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
 from .streams import Noise, key
@@ -126,6 +126,7 @@ def accuracy(
 ) -> float:
     "Percent of the images that an attack leaves classified right."
     index = torch.arange(len(y), device=x.device)
+    approve_folding(model, x)
     with in_mode(model, 'eval'):
         right = sum((model(attack(model, x[i], y[i], eps, Noise(key('calibrate'), i))).argmax(1) == y[i]).sum() for i in index.split(batch))
     return 100 * float(right) / len(y)

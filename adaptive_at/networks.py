@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGENET', 'WIDTHS', 'STRIDES', 'TRADES_NET',
-           'NETWORKS', 'MODES', 'FOLD_TOLERANCE', 'memory_format', 'Classifier', 'Network', 'he_normal', 'conv',
-           'shortcut', 'BasicBlock', 'Bottleneck', 'stages', 'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50',
-           'ResNet101', 'ResNet152', 'ImageNetStem', 'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152',
-           'NarrowResNet', 'PreActBlock', 'preact_body', 'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid',
-           'ScoreMap', 'IAATWideResNet', 'Dropout', 'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network',
-           'in_mode', 'fewest_images', 'normed_convolutions', 'folded', 'same_when_folded', 'frozen', 'fingerprint']
+           'NETWORKS', 'MODES', 'FOLD_TOLERANCE', 'is_thin', 'dense', 'ThinConv2d', 'memory_format', 'Classifier',
+           'Network', 'he_normal', 'conv', 'shortcut', 'BasicBlock', 'Bottleneck', 'stages', 'stem', 'pooled',
+           'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem', 'ImageNetResNet50',
+           'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_body', 'PreActResNet18',
+           'WideResNet', 'PooledPreActBlock', 'Grid', 'ScoreMap', 'IAATWideResNet', 'Dropout', 'convolutions', 'VGG16',
+           'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'fewest_images', 'normed_convolutions', 'folded',
+           'approve_folding', 'frozen', 'fingerprint']
 
 # %% ../nbs/20_networks.ipynb #63958479
 from collections import Counter
@@ -18,28 +19,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-import copy, hashlib, weakref
-import torch, torch.nn.functional as F
+import copy, hashlib, random, weakref
+import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
 from .core import UserError, at_least, nearly
 
 # %% ../nbs/20_networks.ipynb #5d1e9b40
+def is_thin(layer: nn.Module) -> bool:
+    """1x1 filters on fewer than 8 channels, with a stride: in channels_last the gradient of such weights writes past its memory on
+    processors without AVX-512 (oneDNN issue 6035). The stride of a layer that is not PyTorch's own is not known: it may have one."""
+    filters = [p for p in layer.parameters(recurse=False) if p.dim() == 4 and p.shape[2:] == (1, 1)]
+    if type(layer) is nn.Conv2d: return any(p.shape[1] < 8 and max(layer.stride) > 1 for p in filters)
+    return any(min(p.shape[:2]) < 8 for p in filters) and type(layer) is not ThinConv2d
+
+
+def dense(x: Tensor) -> Tensor:
+    "The same numbers, one row after the other; `contiguous` would leave images of one channel as they are, whose strides may say channels_last as well."
+    return x.reshape(-1).view(x.shape)
+
+
+class ThinConv2d(nn.Conv2d):
+    "A thin convolution, which on a CPU never meets a tensor in channels_last."
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor|None) -> Tensor:
+        if x.device.type == 'cpu': x, weight = dense(x), dense(weight)
+        return super()._conv_forward(x, weight, bias)
+
+
 def memory_format(
     model: nn.Module,
     device: str|torch.device = 'cpu'
 ) -> torch.memory_format:
-    "The layout that is fast and safe on this device: channels_last, but contiguous on a CPU where a layer is `_thin`."
-    risky = torch.device(device).type == 'cpu' and any(_thin(m) for m in model.modules())
-    return torch.contiguous_format if risky else torch.channels_last
-
-
-def _thin(layer: nn.Module) -> bool:
-    """Has it 1x1 filters on fewer than 8 channels, and a stride? The gradient of such weights in channels_last writes past its memory on processors without AVX-512 (oneDNN issue 6035).
-    Of a layer that is not PyTorch's own convolution the stride is not known: it may have one."""
-    filters = [p for p in layer.parameters(recurse=False) if p.dim() == 4 and p.shape[2:] == (1, 1)]
-    if type(layer) is nn.Conv2d: return any(p.shape[1] < 8 and max(layer.stride) > 1 for p in filters)
-    return any(min(p.shape[:2]) < 8 for p in filters)
+    "The layout that is fast and safe on this device: channels_last, but contiguous on a CPU where a layer is thin, and where a parameter has five dimensions."
+    risky = torch.device(device).type == 'cpu' and any(map(is_thin, model.modules()))
+    return torch.contiguous_format if risky or any(p.dim() == 5 for p in model.parameters()) else torch.channels_last
 
 # %% ../nbs/20_networks.ipynb #6211cbc0
 class Classifier(nn.Module):
@@ -60,14 +73,16 @@ class Classifier(nn.Module):
         self.memory_format = torch.contiguous_format
 
     def laid_out(self, device: str|torch.device|None = None) -> 'Classifier':
-        "Itself, on a device (None: where it is), in the layout that suits it there."
+        "Itself, on a device (None: where it is), in the layout that suits it there; PyTorch's own thin convolutions become `ThinConv2d`."
+        for m in self.modules():
+            if type(m) is nn.Conv2d and is_thin(m): m.__class__ = ThinConv2d
         device = device or next(self.parameters()).device
         self.memory_format = memory_format(self, device)
         return self.to(device, memory_format=self.memory_format)
 
     def features(self, x: Tensor) -> Tensor:
         "The representation $g(x)$, [B,width]."
-        if self.memory_format is torch.contiguous_format: x = x.contiguous()   # one tensor in channels_last would turn the others
+        if self.memory_format is torch.contiguous_format: x = dense(x)   # one tensor in channels_last would turn the others
         return self.body((x - self.mean) / self.std if self.normalised else x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -495,19 +510,27 @@ def normed_convolutions(
     uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     pairs = [pair for m in _known(model) for pair in _neighbours(m)]
     return [(conv, bn) for conv, bn in pairs
-            if _stock(conv, nn.Conv1d, nn.Conv2d) and _stock(bn, nn.BatchNorm1d, nn.BatchNorm2d) and uses[conv] == uses[bn] == 1]
+            if _stock(conv, nn.Conv1d, nn.Conv2d, ThinConv2d) and _stock(bn, nn.BatchNorm1d, nn.BatchNorm2d) and uses[conv] == uses[bn] == 1]
 
 
 def _known(m: nn.Module) -> Iterator[nn.Module]:
     "This module and those within, as far as their structure is known."
-    if 'forward' in vars(m) or not (type(m) in (Classifier, nn.Sequential) or 'normed' in vars(type(m))): return
+    if 'forward' in vars(m) or not (type(m) in (Classifier, nn.Sequential) or _declared(m)): return
     yield m
     for child in m.children(): yield from _known(child)
 
 
 def _neighbours(m: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
     if type(m) is nn.Sequential: return pairwise(m)
-    return [(getattr(m, conv), getattr(m, bn)) for conv, bn in vars(type(m)).get('normed', ())]
+    return [(m.get_submodule(conv), m.get_submodule(bn)) for conv, bn in _declared(m)]
+
+
+def _declared(m: nn.Module) -> tuple[tuple[str, str], ...]:
+    "What a block's own class lists as `normed`; none where a foreign class calls something else so."
+    pairs = vars(type(m)).get('normed', ())
+    children = dict(m.named_children())
+    right = isinstance(pairs, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 and set(pair) <= children.keys() for pair in pairs)
+    return pairs if right else ()
 
 
 def _stock(m: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -516,28 +539,40 @@ def _stock(m: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(m) in kinds and not any(hooks) and not vars(m).keys() & {'forward', '_conv_forward'}
 
 
-_REFUSED = weakref.WeakSet()   # networks that were not the same when folded
+_APPROVED = weakref.WeakSet()   # networks that are the same when folded
 
 
 @contextmanager
-def folded(model: nn.Module):
+def folded(model: nn.Module) -> Iterator[nn.Module]:
     """Batch norms in eval mode are computed by the convolutions before them. For gradients of images: the weights get none.
-    Equal to rounding, and no parameter or buffer is touched. A network that `same_when_folded` refused stays as it is."""
+    Equal to rounding, and no parameter or buffer is touched. A network that `approve_folding` has not approved stays as it is."""
+    with _merged(normed_convolutions(model) if model in _APPROVED else []): yield model
+
+
+@contextmanager
+def _merged(pairs: list[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
     done = []
-    for conv, bn in () if model in _REFUSED else normed_convolutions(model):
-        if bn.training or bn.running_var is None: continue
-        with torch.no_grad():
-            scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
-            weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
-            bias = (0 if bn.bias is None else bn.bias) + scale * ((0 if conv.bias is None else conv.bias) - bn.running_mean)
-            kind = weight.device.type
-            if torch.is_autocast_enabled(kind):   # once: autocast caches only what it lowers of tensors that require gradients
-                weight, bias = (t.to(torch.get_autocast_dtype(kind)) for t in (weight, bias))
-        conv.forward, bn.forward = partial(conv._conv_forward, weight=weight, bias=bias), _same
-        done.append((conv, bn))
-    try: yield model
+    try:
+        for conv, bn in pairs:
+            if bn.training or bn.running_var is None or bn.running_var.dtype != conv.weight.dtype: continue
+            weight, bias = _product(conv, bn)
+            done += conv, bn
+            conv.forward, bn.forward = partial(conv._conv_forward, weight=weight, bias=bias), _same
+        yield
     finally:
-        for conv, bn in done: del conv.forward, bn.forward
+        for m in done: vars(m).pop('forward', None)
+
+
+@torch.no_grad()
+def _product(conv: nn.Module, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    "Weight and bias of a convolution with its batch norm."
+    scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
+    weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
+    bias = (0 if bn.bias is None else bn.bias) + scale * ((0 if conv.bias is None else conv.bias) - bn.running_mean)
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind): return weight, bias
+    lower = torch.get_autocast_dtype(kind)   # once: autocast caches only what it lowers of tensors that require gradients
+    return weight.to(lower), bias.to(lower)
 
 
 def _same(x: Tensor) -> Tensor: return x
@@ -546,47 +581,64 @@ def _same(x: Tensor) -> Tensor: return x
 FOLD_TOLERANCE = 1e-6   # in fp64, relative to the largest number of an image's logits or gradient: tells another function from rounding
 
 
-def same_when_folded(
+def approve_folding(
     model: nn.Module,
-    x: Tensor          # a few images [B,C,H,W] in [0,1]
-) -> bool:
-    """Are the logits and the input gradients of the folded network its own, at `x` and at `x` one sign step of 8/255 away?
-    Asked in fp64 and eval mode on a copy, once per run and per evaluation. A network that differs, or cannot be asked, is never folded."""
-    if model in _REFUSED: return False
-    if not normed_convolutions(model): return True
-    try: same = _compare(model, x)
+    x: Tensor          # some images [B,C,H,W] in [0,1]; two are used
+) -> bool:             # may it be folded?
+    """Compares the folded network with itself: logits and input gradients, at clean and at attacked images, in fp64 and eval mode.
+    Asked of a copy with drawn weights, so that the answer is about the structure: the same before and after training, and when a run is resumed."""
+    _APPROVED.discard(model)
+    try: same = len(x) > 0 and bool(normed_convolutions(model)) and _compare(model, x[:2])
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception: same = False   # foreign code: it cannot be copied, or insists on fp32
-    if not same: _REFUSED.add(model)
+    if same: _APPROVED.add(model)
     return same
 
 
 def _compare(model: nn.Module, x: Tensor) -> bool:
     place = torch.device('cpu') if x.device.type == 'mps' else x.device   # mps has no fp64
-    gpus = [place] if place.type == 'cuda' else []
-    with torch.random.fork_rng(devices=gpus), torch.enable_grad(), torch.autocast(place.type, enabled=False):
-        own = copy.deepcopy(model).to(place, torch.float64).eval()
-        x = x.to(place, torch.float64)
-        logits, grad = _slope(own, x)
-        for at in (x, (x + 8/255 * grad.sign()).clamp(0, 1)):
-            mine = _slope(own, at)
-            with folded(own): theirs = _slope(own, at)
-            if not all(_close(a, b) for a, b in zip(theirs, mine)): return False
-    return True
+    numpy, python, draws = np.random.get_state(), random.getstate(), torch.Generator().manual_seed(0)
+    try:
+        with torch.random.fork_rng(devices=[place] if place.type == 'cuda' else []), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+            own = copy.deepcopy(model)
+            if {id(v) for v in _parts(own)} & {id(v) for v in _parts(model)}: return False   # to change the copy would change the network
+            own = own.to(place, torch.float64).eval()
+            _draw_weights(own, draws)
+            x = 0.1 + 0.7 * x.to(place, torch.float64) + 0.1 * torch.rand(x.shape, generator=draws, dtype=torch.float64).to(place)   # no two pixels are equal, none at the end of the range
+            clean = _slope(own, x)
+            attacked = x + 8/255 * clean[1].sign()
+            return _same_at(own, x, clean) and _same_at(own, attacked, _slope(own, attacked))
+    finally: np.random.set_state(numpy), random.setstate(python)
+
+
+def _parts(model: nn.Module) -> list: return [*model.modules(), *model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, draws: torch.Generator) -> None:
+    "Parameters and running statistics that tell any two of them apart, and keep the size of what passes."
+    def uniform(v: Tensor, low: float) -> None: v.copy_(low + torch.rand(v.shape, generator=draws, dtype=torch.float64))
+    for p in model.parameters():
+        if p.dim() > 1: p.copy_(torch.randn(p.shape, generator=draws, dtype=torch.float64) * (2 / p[0].numel())**0.5)
+        else: uniform(p, 0.5)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None: uniform(m.running_mean, -0.5), uniform(m.running_var, 0.5)
 
 
 def _slope(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     "Logits [B,K], and the gradient of their weighted sum with respect to the images [B,C,H,W]."
     x = x.detach().requires_grad_()
     logits = model(x)
-    weights = torch.linspace(-1, 2, logits[0].numel(), dtype=logits.dtype, device=logits.device).view_as(logits[0])
+    k = torch.arange(logits[0].numel(), device=logits.device)
+    weights = ((-1)**k * (k + 1).double().sqrt()).view_as(logits[0])
     return logits.detach(), torch.autograd.grad((logits * weights).sum(), x)[0]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    "Within the tolerance, image by image."
-    a, b = a.flatten(1), b.flatten(1)
-    return bool(((a - b).abs().amax(1) <= FOLD_TOLERANCE * b.abs().amax(1)).all())
+def _same_at(model: nn.Module, x: Tensor, own: tuple[Tensor, Tensor]) -> bool:
+    "Is the folded network this one, image by image? One without a gradient tells nothing."
+    with _merged(normed_convolutions(model)): found = _slope(model, x)
+    near = [(a - b).abs().flatten(1).amax(1) <= FOLD_TOLERANCE * b.abs().flatten(1).amax(1) for a, b in zip(found, own)]
+    return bool(torch.cat(near).all()) and bool(own[1].abs().amax() > 0)
 
 # %% ../nbs/20_networks.ipynb #178890ff
 @contextmanager

@@ -18,7 +18,7 @@ from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, in_epoch, one_of, slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, cut, to_unit
 from .methods import Method, Training
-from .networks import Classifier, Network, fewest_images, in_mode, same_when_folded
+from .networks import Classifier, Network, approve_folding, fewest_images, in_mode
 from .radius import Bank, Setting
 from .streams import Noise, key, permutation
 
@@ -247,7 +247,7 @@ def train(
     steps = len(state.sizes(t.batch))
     device = next(model.parameters()).device
     check_batches(run, state, team)
-    same_when_folded(model, to_unit(data.train.x[subset[:4]]))
+    approve_folding(model, to_unit(data.train.x[subset[:2]]))
     team.join(state)
     while state.epoch < t.epochs:
         began, epoch = time.perf_counter() - state.seconds, state.epoch

@@ -1,4 +1,5 @@
 "Networks against published sizes, torchvision's, and the papers' released layouts written out with plain functions."
+import copy
 import os
 import platform
 import subprocess
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch._prims_common import suggest_memory_format
+from torch.overrides import TorchFunctionMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from adaptive_at import networks as nets
 from adaptive_at.attacks import PGD
 from adaptive_at.core import UserError, digest
 from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMAGENET, MNISTCNN, NETWORKS, SVHN_RICE, TRADES_NET, VGG16, IAATWideResNet,
-                                  ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, folded, in_mode)
+                                  ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, ThinConv2d, WideResNet, approve_folding, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
 
 pytestmark = pytest.mark.trains
@@ -343,17 +346,20 @@ def test_normalisation_for_other_channels_is_refused():
 
 # The layout of tensors
 
+class Met(TorchFunctionMode):
+    "Which thin strided convolutions are computed within, and whether in channels_last, as oneDNN decides it: by the strides of the images and of the filters."
+    def __init__(self): super().__init__(); self.found = []
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.conv2d:
+            x, weight, _, stride = args[:4]
+            if weight.shape[2:] == (1, 1) and max(stride) > 1 and weight.shape[1] < 8:
+                self.found.append(any(suggest_memory_format(v) is torch.channels_last for v in (x, weight)))
+        return func(*args, **(kwargs or {}))
+
+
 def layouts(net, x):
-    "For each convolution with a stride and 1x1 filters on fewer than 8 channels: is what it is given in channels_last?"
-    found = []
-    def look(m, args):
-        h = args[0]
-        if m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels // m.groups < 8:
-            found.append(h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous())
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d): m.register_forward_pre_hook(look)
-    net(x)
-    return found
+    with Met() as met: net(x)
+    return met.found
 
 
 THIN = [*((NarrowResNet(width_factor=w, strides=s), c) for w in (*range(1, 10), 12, 16, 24) for s in ((1, 2, 2), (2, 2, 2), (1, 3)) for c in (1, 3)),
@@ -361,15 +367,32 @@ THIN = [*((NarrowResNet(width_factor=w, strides=s), c) for w in (*range(1, 10), 
 
 
 def test_no_network_has_a_thin_strided_convolution_in_channels_last_on_a_cpu():
-    "Processors without AVX-512 would write past its memory, whatever the layout of the images."
+    "Processors without AVX-512 would write past its memory, whatever the layout of the images, and wherever the network was before."
     met = 0
     for spec, image in THIN:
         net = spec.build(10, image).eval()
+        moved = spec.build(10, image).laid_out("cpu").to(memory_format=torch.channels_last).eval()   # as if it came from a GPU
         x = numbers(2, image, 28, 28)
-        for given in (x, x.contiguous(memory_format=torch.channels_last)): met += len(found := layouts(net, given)); assert not any(found), spec
-    assert met > 100
+        for given in (x, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):   # the second lies in memory as image files are read
+            for n in (net, moved): met += len(found := layouts(n, given)); assert not any(found), spec
+    assert met > 200
     for name, spec in NETWORKS.items():
-        with torch.device("meta"): assert (nets.memory_format(spec.build(10, channels(name))) == torch.contiguous_format) == (name == "narrow-4"), name
+        with torch.device("meta"): net = spec.build(10, channels(name))
+        assert any(isinstance(m, ThinConv2d) for m in net.modules()) == (name == "narrow-4") and net.memory_format is torch.channels_last, name
+
+
+def test_the_layouts_of_the_test_would_show_one():
+    conv = nn.Conv2d(4, 8, 1, 2, bias=False).to(memory_format=torch.channels_last)
+    assert layouts(conv, numbers(2, 4, 8, 8)) == [True] and layouts(nn.Conv2d(4, 8, 1, 2), numbers(2, 4, 8, 8)) == [False]
+    assert layouts(nn.Conv2d(4, 8, 1, 2), numbers(2, 8, 8, 4).permute(0, 3, 1, 2)) == [True]
+
+
+def test_a_thin_convolution_gives_the_same_numbers():
+    conv = nn.Conv2d(4, 8, 1, 2, bias=False)
+    thin, x = copy.deepcopy(conv), numbers(2, 8, 8, 4).permute(0, 3, 1, 2)
+    thin.__class__ = ThinConv2d
+    for net in (conv, thin): net(x).square().sum().backward()
+    assert near(thin(x), conv(x)) and near(thin.weight.grad, conv.weight.grad) and thin.weight.grad.shape == (8, 4, 1, 1)
 
 
 def test_other_layers_than_stock_ones_are_in_doubt_and_a_gpu_is_not():
@@ -380,23 +403,37 @@ def test_other_layers_than_stock_ones_are_in_doubt_and_a_gpu_is_not():
     class Other(nn.Conv2d): pass
     risky = (nn.Conv2d(4, 8, 1, 2), nn.Conv2d(16, 32, 1, 2, groups=4), nn.Conv2d(7, 8, 1, (1, 2)), Other(4, 8, 1), Raw(), nn.ConvTranspose2d(16, 4, 1, 2),
              nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 1, 2)))
-    sound = nn.Conv2d(8, 8, 1, 2), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, 2, 1), nn.Linear(4, 4), Other(8, 8, 1, 2), nn.BatchNorm2d(4)
+    sound = nn.Conv2d(8, 8, 1, 2), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, 2, 1), nn.Linear(4, 4), Other(8, 8, 1, 2), nn.BatchNorm2d(4), ThinConv2d(4, 8, 1, 2)
     for m in risky: assert nets.memory_format(nn.Sequential(m)) == torch.contiguous_format and nets.memory_format(m, "cuda") == torch.channels_last, m
     for m in sound: assert nets.memory_format(nn.Sequential(m)) == torch.channels_last, m
+    assert nets.memory_format(nn.Sequential(nn.Conv3d(1, 1, 1)), "cuda") == torch.contiguous_format   # channels_last is of four dimensions
 
 
 def test_a_thin_network_trains_in_both_precisions_in_one_process_on_a_processor_without_avx512():
     "In a process of its own: what is written past its memory kills it."
     code = """
 import torch
-from adaptive_at.networks import NarrowResNet
+from dataclasses import dataclass
+from torch import nn
+from adaptive_at.networks import NarrowResNet, Network, pooled
+@dataclass(frozen=True)
+class Turned(Network):
+    "Channels go to the end for a norm and come back, as in ConvNeXt."
+    def parts(self, channels):
+        class Body(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.stem, self.norm, self.thin, self.end = nn.Conv2d(channels, 4, 3, padding=1), nn.LayerNorm(4), nn.Conv2d(4, 8, 1, 2, bias=False), nn.Sequential(*pooled())
+            def forward(self, x): return self.end(self.thin(self.norm(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
+        return Body(), 8
 torch.set_num_threads(1)
-for width in (1, 3, 4, 7):
+for spec in (*(NarrowResNet(width_factor=w) for w in (1, 3, 4, 7)), Turned()):
     for lowered in (False, True, False):
-        net = NarrowResNet(width_factor=width).build(10, 1).train()
-        for _ in range(3):
-            with torch.autocast('cpu', torch.bfloat16, enabled=lowered): net(torch.rand(128, 1, 8, 8)).float().square().sum().backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters())
+        nets = spec.build(10, 1).train(), spec.build(10, 1).train().to(memory_format=torch.channels_last)   # the second as if it came from a GPU
+        for net in nets:
+            for x in (torch.rand(128, 1, 8, 8), torch.rand(128, 8, 8, 1).permute(0, 3, 1, 2)):
+                with torch.autocast('cpu', torch.bfloat16, enabled=lowered): net(x).float().square().sum().backward()
+            assert all(p.grad.isfinite().all() for p in net.parameters())
 print(torch.backends.cpu.get_cpu_capability())
 """
     env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
@@ -424,6 +461,7 @@ def test_a_folded_network_is_the_same_function_without_its_batch_norms(spec, ima
     logits = net(x)
     slope = torch.autograd.grad(logits[:, 3].sum(), x)[0]
     was = {k: v.clone() for k, v in net.state_dict().items()}
+    assert approve_folding(net, x) or not n
     with folded(net):
         inside = net(x)
         assert near(inside, logits, 1e-10) and near(torch.autograd.grad(inside[:, 3].sum(), x)[0], slope, 1e-9)
@@ -440,6 +478,7 @@ def test_folding_leaves_train_mode_alone_and_ends_with_an_exception():
     twin.load_state_dict(net.state_dict())
     twin.body[1].eval()
     want = twin(x)
+    assert approve_folding(net, x)
     with pytest.raises(ZeroDivisionError):
         with folded(net):
             assert near(net(x), want) and not torch.equal(net(x), want)
@@ -453,6 +492,7 @@ def test_folding_leaves_train_mode_alone_and_ends_with_an_exception():
 
 def test_what_is_folded_is_lowered_once_and_to_what_autocast_would_make_of_it():
     net, x = used(NarrowResNet(width_factor=4), 1).float(), numbers(2, 1, 8, 8)
+    assert approve_folding(net, x)
     for dtype in (torch.bfloat16, torch.float16):
         with folded(net): high = {m: m.forward.keywords for m in net.modules() if "forward" in vars(m) and hasattr(m.forward, "keywords")}
         with torch.autocast("cpu", dtype), folded(net):
@@ -465,6 +505,7 @@ def test_what_is_folded_is_lowered_once_and_to_what_autocast_would_make_of_it():
 def test_an_attack_folds_in_eval_mode_only_and_with_the_weights_it_meets():
     net, x, y = NarrowResNet(width_factor=4).build(10, 1).eval(), numbers(6, 1, 8, 8), labels(6, 10)
     read = []
+    assert approve_folding(net, x)
     net.body[2].register_forward_pre_hook(lambda m, args: read.append("forward" in vars(net.body[1])))   # the ReLU behind the batch norm
     PGD(0.01, 3)(net, x, y, 0.1, noise(6))
     assert read == [True] * 3
