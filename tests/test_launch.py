@@ -58,6 +58,9 @@ def workers():
 
 # Who can reach it
 
+ALONE = {} if os.environ.get("RAY_ADDRESS") else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}   # for a process that joins the Ray of the tests, which is on the loopback address
+
+
 def listening(processes):
     "The addresses on which these processes take connections."
     found = set()
@@ -79,8 +82,8 @@ def test_ray_on_this_machine_listens_on_this_machine_only(ray):
 @at_home
 def test_ray_on_this_machine_asks_for_its_token(ray):
     address = ray.get_runtime_context().gcs_address
-    wrong = dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")   # the last: as this machine alone
-    tried = subprocess.run([sys.executable, "-c", launch.JOINS, address], env=os.environ | wrong, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    wrong = dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    tried = subprocess.run([sys.executable, "-c", launch.JOINS, address], env=os.environ | ALONE | wrong, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert tried.returncode != 0 and "authentication" in tried.stderr.lower(), tried.stderr[-500:]
 
 
@@ -232,7 +235,7 @@ SCRIPT = """
 
 def test_a_rule_of_a_script_is_sent_with_its_source_to_a_cluster(ray, tmp_path):
     (tmp_path/"own.py").write_text(textwrap.dedent(SCRIPT))
-    done = subprocess.run([sys.executable, "own.py", ray.get_runtime_context().gcs_address], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "own.py", ray.get_runtime_context().gcs_address], cwd=tmp_path, env=os.environ | ALONE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     on_ray, here = [line for line in done.stdout.splitlines() if re.match(r"\w{12} [\d.]+$", line)]
     assert on_ray == here and contents(tmp_path/"a") == contents(tmp_path/"b") != {}

@@ -89,7 +89,7 @@ class Writes:
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self):
-        return (f"{self.writes} writes of a run, each failed as a full disk and as a broken one ({self.refused} refused in a sentence, {self.borne} borne): {len(self.wrong)} wrong numbers or tracebacks"
+        return (f"{self.refused + self.borne + len(self.wrong)} failures of a disk at the {self.writes} writes of a run ({self.refused} refused in a sentence, {self.borne} borne): {len(self.wrong)} wrong numbers or tracebacks"
                 + "".join(f"\n  {text}" for text in self.wrong))
 
 
