@@ -6,14 +6,30 @@
 __all__ = ['Parser', 'parser', 'main', 'train', 'specified', 'act', 'verify', 'prune']
 
 # %% ../nbs/95_cli.ipynb #e029614c
-import argparse, sys
+import argparse, shlex, sys
 from collections.abc import Sequence
 from pathlib import Path
-from .core import UserError, project_root, revived
+from .core import UserError, nearly, project_root, revived, user_path
 
 # %% ../nbs/95_cli.ipynb #50619536
 class Parser(argparse.ArgumentParser):
     "Says in one line what was wrong with the command."
+    options: dict[str, str] = {}   # of all commands
+
+    def add_argument(self, *names, **details):
+        for name in names:
+            if name.startswith('--'): self.options[name] = name
+        return super().add_argument(*names, **details)
+
+    def parse_args(self, arguments=None, namespace=None):
+        told, unknown = self.parse_known_args(arguments, namespace)
+        if unknown: self.error(f'unknown: {shlex.join(unknown)}{nearly(unknown[0].partition("=")[0], self.options)}')
+        return told
+
+    def _check_value(self, action, value):
+        if action.choices is None or value in action.choices: return
+        raise argparse.ArgumentError(action, f'there is no {value!r}{nearly(value, action.choices)}; choose from {", ".join(map(repr, action.choices))}')
+
     def error(self, message): self.exit(1, f'{message}; `{self.prog} --help` lists what there is.\n')
 
 
@@ -22,30 +38,33 @@ def parser() -> argparse.ArgumentParser:
     root = Parser('python -m adaptive_at', description='Look after the run store, or train one run.')
     subjects = root.add_subparsers(dest='subject', required=True, parser_class=Parser)
     runs = subjects.add_parser('runs', help='the trained runs')
-    runs.add_argument('--outputs', default='outputs', help='the folder that holds `runs` (default: outputs)')
+    runs.add_argument('--outputs', default='outputs', type=user_path, help='the folder that holds `runs` (default: outputs)')
     what = runs.add_subparsers(dest='what', parser_class=Parser)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--outputs', default=argparse.SUPPRESS, help='the folder that holds `runs`')
+    common.add_argument('--outputs', default=argparse.SUPPRESS, type=user_path, help='the folder that holds `runs`')
     commands = {name: what.add_parser(name, help=help, parents=[common]) for name, help in (
         ('list', 'list all runs (the default)'), ('show', 'one run in detail'), ('verify', 'compare all checksums'), ('prune', 'remove what no table needs'),
         ('export', 'write a run as one .safetensors file'), ('import', 'take such a file into the store'))}
     for name in ('show', 'export'): commands[name].add_argument('id', help='a run id, or its beginning')
-    commands['export'].add_argument('file', type=Path)
-    commands['import'].add_argument('file', type=Path)
+    commands['export'].add_argument('file', type=user_path)
+    commands['import'].add_argument('file', type=user_path)
     commands['prune'].add_argument('--yes', action='store_true', help='do not ask')
     train = subjects.add_parser('train', help='train one run; with torchrun, on several GPUs')
     train.add_argument('spec', help="a run's spec.json, its folder, its id, or the id's beginning")
-    train.add_argument('--outputs', default='outputs', help='the folder that holds `runs` (default: outputs)')
-    train.add_argument('--data-root', default='data', help='where datasets are, or are downloaded to (default: data)')
+    train.add_argument('--outputs', default='outputs', type=user_path, help='the folder that holds `runs` (default: outputs)')
+    train.add_argument('--data-root', default='data', type=user_path, help='where datasets are, or are downloaded to (default: data)')
     train.add_argument('--dataset', help='its name as in the tables; only an image folder, whose place no spec holds, must be named: imagefolder:PATH')
+    train.add_argument('--allow', action='append', default=[], metavar='MODULE',
+                       help='a module of yours that the spec may name; it is imported (repeat it for several)')
     train.add_argument('--device', default='', choices=('', 'cpu', 'cuda'), help='(default: cuda where there is one)')
     return root
 
 # %% ../nbs/95_cli.ipynb #47349356
 def main(arguments: Sequence[str]|None = None) -> int:
     "Do what the command line says; the exit code."
-    told = parser().parse_args(arguments)
-    try: return (train if told.subject == 'train' else act)(told, project_root()/told.outputs)
+    try:
+        told = parser().parse_args(arguments)
+        return (train if told.subject == 'train' else act)(told, project_root()/told.outputs)
     except UserError as e: print(e, file=sys.stderr)
     except BrokenPipeError: sys.stderr.close()  # the reader, `head` perhaps, has enough
     except KeyboardInterrupt as e: print(e if str(e) else 'stopped', file=sys.stderr)
@@ -59,7 +78,7 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     from adaptive_at.parallel import together
     from adaptive_at.runs import Store
     with together(told.device) as (team, device):
-        run = specified(told.spec, outputs)
+        run = specified(told.spec, outputs, told.allow)
         data = datasets.load(told.dataset or run.dataset, project_root()/told.data_root, device)
         if data.info.identity != run.content: raise UserError(f'the run is of other data than {data.info.label} in {told.data_root} (content {run.content}, and not {data.info.identity}); name its data with --dataset and --data-root.')
         if team.rank: team.follow(data)
@@ -69,16 +88,22 @@ def train(told: argparse.Namespace, outputs: Path) -> int:
     return 0
 
 
-def specified(spec: str, outputs: Path) -> 'Run':
-    "The run of a `spec.json`, wherever it is, or of a folder of the store."
+def specified(
+    spec: str,                # a `spec.json`, wherever it is, a folder of the store, a run id or its beginning
+    outputs: Path,            # the folder that holds `runs`
+    allow: Sequence[str] = () # modules outside this package that it may name
+) -> 'Run':
+    "The run of a spec. Raises a `UserError` where it is not that of a run, or names what is not allowed."
     from adaptive_at.inventory import everything, picked
     from adaptive_at.seals import read_sealed
-    path = next((p for p in (Path(spec), Path(spec)/'spec.json') if p.is_file()), None)
+    place = user_path(spec)
+    try: path = next((p for p in (place, place/'spec.json') if p.is_file()), None)
+    except OSError: path = None   # too long for a file's name
     try: path = path or picked(everything(outputs), spec).folder/'spec.json'
-    except UserError as e: raise UserError(f'there is no spec.json at {spec!r}, and {e}') from None
+    except UserError as e: raise UserError(f'there is no spec.json at {str(place)!r}, and {e}') from None
     told = read_sealed(path).get('run')
     if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{path} is not the spec of a run.')
-    return revived(told)
+    return revived(told, allow)
 
 
 def act(told: argparse.Namespace, outputs: Path) -> int:
@@ -89,15 +114,18 @@ def act(told: argparse.Namespace, outputs: Path) -> int:
         print(f'{take_in(told.file, outputs/"runs").name} is in the store; all that could be checked agrees.')
         return 0
     if not (outputs/'runs').is_dir(): raise UserError(f'{outputs} holds no runs; name the folder with --outputs.')
-    runs = inventory(outputs, project_root()/'data')
-    if told.what in (None, 'list'): print(listing(runs))
+    hidden = []
+    runs = inventory(outputs, project_root()/'data', hidden.append)
+    if told.what in (None, 'list'):
+        print(listing(runs))
+        for sentence in hidden: print(sentence, file=sys.stderr)
     if told.what == 'show': print(shown(picked(runs, told.id)))
     if told.what == 'export':
         run = picked(runs, told.id)
         export(run.folder, told.file)
         print(f'{run.folder.name} is written to {told.file}')
     if told.what == 'verify': return verify(runs)
-    if told.what == 'prune': return prune(runs, told.yes)
+    if told.what == 'prune': return prune(runs, told.yes, hidden)
     return 0
 
 
@@ -110,10 +138,21 @@ def verify(runs: list) -> int:
     return 1 if found else 0
 
 
-def prune(runs: list, yes: bool) -> int:
-    "Remove what no table needs."
+def prune(
+    runs: list,
+    yes: bool,             # do not ask
+    hidden: Sequence[str]  # what may need a run and cannot be read: a sentence each
+) -> int:
+    "Remove what no table needs. While something that may need a run cannot be read, nothing is."
     from adaptive_at.inventory import listing, megabytes, remove
-    spare = [s for s in runs if not s.tables]
+    if hidden:
+        for sentence in hidden: print(sentence, file=sys.stderr)
+        print('nothing was removed, because not all that tables need is known', file=sys.stderr)
+        return 1
+    spare = [s for s in runs if not s.tables and not s.problem]
+    for s in runs:
+        if s.problem and not s.tables:
+            print(f'{s.folder.name} was kept, because nobody can say who needs it: {s.problem}')
     if not spare:
         print('every run is needed by a table')
         return 0

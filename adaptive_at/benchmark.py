@@ -28,7 +28,7 @@ from .compiled import compiled
 from .core import UserError, in_epoch, project_root, replacing, slug
 from .datasets import Batch, Dataset
 from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
-from .figures import GREY, PALETTE, look, styled, tidy
+from .figures import GREY, PALETTE, Html, look, styled, tag, tidy
 from .iaat import iaat
 from .methods import Method, Training, at, daat, fat, mart, natural, trades, unit
 from .networks import NETWORKS, Classifier, Network, folded, frozen, in_mode, network
@@ -39,7 +39,7 @@ from .runs import hardware
 from .saat import saat_up
 from .streams import Noise, key
 from .training import Monitor, Run, State, keep_memory, train, train_step
-from .workers import cores
+from .workers import cores, died
 
 # %% ../nbs/97_benchmark.ipynb #18d6fa88
 PARTS = ('steps', 'rules', 'evaluation', 'autoattack', 'fidelity', 'kernels', 'growth', 'bf16')
@@ -101,7 +101,6 @@ def begin(namespace: dict[str, Any]) -> Bench:   # the notebook's globals()
     "Check the parameters, and load the digits."
     refuse_unknown(namespace, PARAMETERS)
     given = {n: namespace.get(n, p.default) for n, p in PARAMETERS.items()}
-    if type(given['batch']) is int: given['batch'] = str(given['batch'])   # as papermill reads `-p batch 64`
     told = {n: checked(n, given[n], p) for n, p in PARAMETERS.items()}
     if told['seeds'] == 1: raise UserError('seeds is 1; one seed has no spread, so give 2 or more, or 0 to leave bf16 training out.')
     device = torch.device(told['device'] or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -228,7 +227,7 @@ class Task:
 
     def model(self, channels_last: bool = True) -> Classifier:
         "A new network in train mode."
-        net = self.network.build(self.classes, self.x.shape[1], key('benchmark')).to(self.x.device)
+        net = self.network.build(self.classes, self.x.shape[1], key('benchmark')).laid_out(self.x.device)
         return (net if channels_last else net.to(memory_format=torch.contiguous_format)).train()
 
 
@@ -561,7 +560,9 @@ def memory(bench: Bench) -> list[Line]:
     "How much the peak rises with attack steps and with epochs, in a process that did nothing before."
     name = next(n for n, net in NETWORKS.items() if net == bench.small)
     code = f'import json; from adaptive_at.benchmark import swept; print(json.dumps(swept({name!r}, {str(bench.device)!r}, {max(6, bench.epochs)})))'
-    found = json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    if ran.returncode: raise UserError(f"{died('measuring how memory grows', ran.returncode, (ran.stderr.strip().splitlines() or [''])[-1])}.")
+    found = json.loads(ran.stdout.splitlines()[-1])
     head = Line('growth', bench.small.label, 128, 'fp32', '', '', 0., unit='MB')
     return [replace(head, way='attack steps', metric='memory from 3 to 32 steps', value=found['steps'][-1] - found['steps'][1], note=f"of {found['steps'][1]:.0f} MB"),
             replace(head, way='epochs', metric='memory from the second epoch to the last', value=found['epochs'][-1] - found['epochs'][1], n=len(found['epochs']), note=f"of {found['epochs'][1]:.0f} MB")]
@@ -616,11 +617,11 @@ def write(found: pd.DataFrame, bench: Bench) -> pd.DataFrame:
     return found
 
 # %% ../nbs/97_benchmark.ipynb #854a1600
-def _told(line) -> str:
+def _told(line) -> Html:
     "A number with its range."
     digits = 2 if abs(line.value) < 10 else 1 if abs(line.value) < 1000 else 0
-    if 0 < abs(line.value) < 0.005: return f'<b>{line.value:.1e}</b>'
-    text = f'<b>{line.value:,.{digits}f}</b>'
+    if 0 < abs(line.value) < 0.005: return tag('b', f'{line.value:.1e}')
+    text = tag('b', f'{line.value:,.{digits}f}')
     return text + (f' [{line.low:,.{digits}f}, {line.high:,.{digits}f}]' if line.low == line.low else '')
 
 

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
 from .attacks import CleanStart, PGD, checked
-from .core import Milestones, UserError, at_least, one_of
+from .core import Milestones, UserError, at_least, nearly, one_of
 from .methods import Method, Training, unit
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
@@ -54,7 +54,7 @@ class CAT(RadiusRule):
         tried = self.grown(old)
         with torch.no_grad(), in_mode(model, 'eval'): fooled = model(x_adv).argmax(1) != batch.y
         new = self.moved(old, tried, (x_adv - batch.x).abs().flatten(1).amax(1), fooled)
-        bank.used[batch.index], bank.eps[batch.index] = tried, new
+        bank.write(batch.index, used=tried, eps=new)
         return new
 
     def moved(self,
@@ -207,8 +207,8 @@ def cat(
     steps: int = 10
 ) -> Method:
     "CAT (Cheng et al., 2022, Alg. 1) at the paper's settings."
-    if label not in ('before', 'after'): raise UserError(f"cat: label is {label!r}; it must be 'before' or 'after'.")
-    if hinge not in ('mean', 'eps'): raise UserError(f"cat: hinge is {hinge!r}; it must be 'mean' or 'eps'.")
+    if label not in ('before', 'after'): raise UserError(f"cat: label is {label!r}{nearly(label, ('before', 'after'))}; it must be 'before' or 'after'.")
+    if hinge not in ('mean', 'eps'): raise UserError(f"cat: hinge is {hinge!r}{nearly(hinge, ('mean', 'eps'))}; it must be 'mean' or 'eps'.")
     c, eta, alpha = unit(c, PRINTED, at=eps), unit(eta, eps, at=PRINTED), unit(alpha, eps, at=PRINTED)
     most = eps if cap is None else min(1., unit(cap, eps, at=PRINTED))  # the images' box is no wider
     rule = CAT(most, eta, outcome, 'attack' if label == 'before' else 'rule', capped)

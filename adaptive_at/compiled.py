@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .networks import Dropout, in_mode
+from .networks import Dropout, in_mode, memory_format
 from .streams import key, uniform
 from .weights import buffers_kept
 
@@ -42,13 +42,20 @@ def _graph(model: nn.Module, x: Tensor, mode: str, weights: bool, lowered: bool)
     "A compiled twin that answers as the network does."
     whole = torch.compile(twin(model, mode, weights).forward, **OPTIONS)
     def graph(x: Tensor) -> Tensor: return whole(x.reshape(len(x), -1).view(x.shape))   # other strides, of which images of one channel have several, would be another graph
-    wrt, found = [p for p in model.parameters() if p.requires_grad] if weights else None, []
-    for net in (graph, model):
-        with in_mode(model, mode), buffers_kept(model), torch.enable_grad(): found.append(_answers(net, x, wrt))
-    (loss, slope), (wanted, theirs) = found
-    if not (loss - wanted).abs() <= CLOSE[lowered] * wanted.abs(): raise ArithmeticError(f'its loss is {float(loss):.6g} where the network\'s is {float(wanted):.6g}')
-    if not F.cosine_similarity(slope, theirs, dim=0) > 0.9: raise ArithmeticError('its gradients are not the network\'s')
+    wrt = [p for p in model.parameters() if p.requires_grad] if weights else None
+    with in_mode(model, mode), buffers_kept(model), torch.enable_grad():
+        _, direction = _answers(model, x, None)
+        attacked = (x + 8/255 * direction.sign().view_as(x)).float().clamp(0, 1)
+        for at in (x, attacked): _agree(_answers(graph, at, wrt), _answers(model, at, wrt), lowered)
     return graph
+
+
+def _agree(found: list[Tensor], wanted: list[Tensor], lowered: bool) -> None:
+    "`ArithmeticError` where a graph's loss or gradient is not the network's."
+    (loss, slope), (own, theirs) = found, wanted
+    if not (loss - own).abs() <= CLOSE[lowered] * own.abs():
+        raise ArithmeticError(f'its loss is {float(loss):.6g} where the network\'s is {float(own):.6g}')
+    if not F.cosine_similarity(slope, theirs, dim=0) > 0.9: raise ArithmeticError('its gradients are not the network\'s')
 
 
 @contextmanager
@@ -63,6 +70,7 @@ def compiled(
     kind = next(model.parameters()).device
     x = uniform(key('compiled'), torch.arange(shape[0], device=kind), tuple(shape[1:]))
     try:
+        if kind.type == 'cpu' and memory_format(model) is not torch.channels_last: raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
         if any(isinstance(m, Dropout) and m.p for m in model.modules()): raise NotImplementedError('dropout that counts its calls')   # PyTorch 2.15 crashes on a CPU
         with torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
             imaged = _graph(model, x, mode, False, lowered) if mode else None

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
-from .core import UserError, locked, replacing, unhashed
+from .core import Unreadable, UserError, cannot_read, locked, nearly, replacing, unhashed, user_path
 from .datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
 from .streams import key
@@ -106,7 +106,7 @@ class Computed:
     def place(self, x: Tensor, index: Tensor) -> Path:
         "The folder of these images, known by their pixels, their places, and the package's version."
         told = hashlib.sha256(repr((self.library, tuple(x.shape))).encode() + x.numpy().tobytes() + index.cpu().numpy().tobytes()).hexdigest()
-        return Path(self.folder)/f"{'x'.join(map(str, x.shape))}-{told[:12]}"
+        return user_path(self.folder)/f"{'x'.join(map(str, x.shape))}-{told[:12]}"
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ class Official:
 
     def needs(self, names: tuple[str, ...]) -> str:
         "One sentence on what is missing; empty: nothing."
-        folder = Path(self.data_root)/self.name
+        folder = user_path(self.data_root)/self.name
         gone = [f for f in (*(f'{n}.npy' for n in names), 'labels.npy') if not (folder/f).is_file()]
         return f"{folder} lacks {', '.join(gone)}; fetch {self.name} again, or move the folder away to have the images computed." if gone else ''
 
     def images(self, name: str, images: Images) -> Tensor:   # uint8 [5,N,C,H,W]
         "The images under one corruption, by severity."
         if missing := self.needs((name,)): raise UserError(missing)
-        folder, index, y = Path(self.data_root)/self.name, images.index.cpu(), images.y.cpu()
+        folder, index, y = user_path(self.data_root)/self.name, images.index.cpu(), images.y.cpu()
         labels = torch.from_numpy(loaded(folder/'labels.npy').astype(np.int64))
         n = len(labels) // SEVERITIES
         if len(labels) % SEVERITIES or index.max() >= n or not all(torch.equal(labels[s * n + index], y) for s in range(SEVERITIES)):
@@ -140,7 +140,9 @@ class Official:
 def loaded(path: Path) -> np.ndarray:
     "A .npy file, mapped; a damaged one is one sentence."
     try: return np.load(path, mmap_mode='r')
-    except (ValueError, EOFError, OSError) as e: raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
+    except OSError as e: raise Unreadable(cannot_read(path, e)) from e
+    except (ValueError, EOFError) as e:
+        raise UserError(f'{path} is damaged and cannot be read ({e}); delete it, or fetch it again.') from e
 
 
 def read(
@@ -166,7 +168,7 @@ def source(
 ) -> Computed|Official:
     "Where a dataset's corrupted images come from."
     name = OFFICIAL.get(info.name, '')
-    return Official(name, data_root) if name and (Path(data_root)/name).is_dir() else Computed(folder, name)
+    return Official(name, data_root) if name and (user_path(data_root)/name).is_dir() else Computed(folder, name)
 
 # %% ../nbs/77_corruptions.ipynb #655d0bb1
 def samples(
@@ -198,7 +200,7 @@ class Corruption(Column):
 
     def __post_init__(self):
         if unknown := [n for n in self.names if n not in COMMON] or ['' for _ in range(not self.names)]:
-            raise UserError(f"{unknown[0]!r} is not a corruption; choose from {', '.join(COMMON)}.")
+            raise UserError(f"{unknown[0]!r} is not a corruption{nearly(unknown[0], COMMON)}; choose from {', '.join(COMMON)}.")
 
     @property
     def steps(self) -> int:

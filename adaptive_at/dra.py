@@ -41,7 +41,7 @@ class Source:
 def _loaded(source: Source, path: str, channels: int, device: torch.device) -> Classifier:
     "Read, checked and frozen."
     state = torch.load(path, map_location=device, weights_only=True)['model']
-    model = source.network.build(len(state['classifier.weight']), channels).to(device).eval().requires_grad_(False)
+    model = source.network.build(len(state['classifier.weight']), channels).laid_out(device).eval().requires_grad_(False)
     model.load_state_dict(state)
     if fingerprint(model) != source.weights: raise UserError(f'{path} holds other weights than {source.weights}, which the attack is to be made on; give the fingerprint of this file, or the file of these weights.')
     return model
@@ -180,7 +180,7 @@ class Scheduled(RadiusRule):
 
     def radius(self, bank, batch, model):
         "This epoch's radius for all [B]."
-        bank.eps[batch.index] = self.eps
+        bank.write(batch.index, eps=self.eps)
         return bank.eps[batch.index]
 
 # %% ../nbs/64_dra.ipynb #3e4ac5c9

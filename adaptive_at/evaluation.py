@@ -20,7 +20,7 @@ from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
 from .masking import PROBED, Lead, attacked_gradients, check_model, check_module, clean_gradients, climbs, differs, share
-from .networks import fingerprint, folded, frozen, in_mode
+from .networks import fingerprint, folded, frozen, in_mode, same_when_folded
 from .streams import Noise, key
 
 # %% ../nbs/75_evaluation.ipynb #591d7e8d
@@ -237,6 +237,8 @@ class Evaluation:
     batch: int = 500
     library: str = ''        # the column's library and its version
 
+    def __post_init__(self): at_least(self, examples=0, seed=-2**63, batch=1)
+
     @property
     def id(self) -> str: return digest(self)
 
@@ -265,6 +267,8 @@ def evaluate(
     facts = _at_the_door(e.column, models, data.info, images.y.device)
     before = [fingerprint(m) for m in models]
     with in_mode(model, 'eval'), in_mode(source or model, 'eval'), frozen(model), frozen(source or model), in_float32():
+        if e.column.steps:
+            for m in models: same_when_folded(m, images.x[:4])
         standing, x_adv = _judged(e, model, images, source, saved, save)
         result = told(standing)
         result = {'accuracy': 100 * float(scores(result).mean()), 'n': len(standing)} | result

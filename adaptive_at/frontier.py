@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
-from .core import UserError, replacing
+from .core import UserError, nearly, replacing
 from .doubts import of_facts
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
 from .figures import MARKERS, PALETTE, look, number, styled, tidy
@@ -51,7 +51,7 @@ def trained(session: Session) -> dict[str, Trained]:
                 if run and run.network.label == judged and run.id not in found and plan.store.finished(run): found[run.id] = Trained(row, table.rpartition('_')[2].upper(), table, run, plan, block.info)
     wanted = {part.lower() for part in listed(q.rows)}
     if unknown := wanted - {t.label.lower() for t in found.values()}:
-        raise UserError(f'rows names {min(unknown)!r}, which is not a trained row on {name}; trained are {", ".join(dict.fromkeys(t.label for t in found.values())) or "none"}.')
+        raise UserError(f'rows names {min(unknown)!r}, which is not a trained row on {name}{nearly(min(unknown), [t.label for t in found.values()])}; trained are {", ".join(dict.fromkeys(t.label for t in found.values())) or "none"}.')
     return {i: t for i, t in found.items() if not wanted or t.label.lower() in wanted}
 
 # %% ../nbs/frontier.ipynb #7fa03d54
@@ -70,7 +70,8 @@ def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataF
     missing = [(t, name) for t in found.values() for name in ('natural', 'AA') if not t.plan.store.verdicts(t.run, _evaluation(t, session, name))]
     if missing:
         data = datasets.load(next(iter(found.values())).info.name, session.parameters.data_root, session.device)
-        side_by_side([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell)
+        side_by_side([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell,
+                     names=[f'evaluation of {t.label} ({name})' for t, name in missing])
     lines = []
     for i, t in found.items():
         line, told = {'row': t.label, 'paper': t.paper, 'table': t.table, 'network': t.run.network.label}, []

@@ -110,7 +110,8 @@ class IAAT(RadiusRule):
             if self.warm: found, beta = torch.full_like(before, self.eps), 1.
             else: found, beta = self.found(before, batch, model), self.beta
         if self.misclassified == 'released': found = found * right
-        bank.eps[batch.index] = memory = beta * found + (1 - beta) * before
+        memory = beta * found + (1 - beta) * before
+        bank.write(batch.index, eps=memory)
         eps = memory if self.warm else memory.clamp(min=self.least)
         return eps * right if self.misclassified == 'printed' else eps
 

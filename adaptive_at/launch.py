@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RETRIES', 'SHARE', 'PATIENCE', 'STARTING', 'QUIET', 'JOINS', 'Job', 'in_order', 'on_this_machine', 'resources',
-           'spoken_resources', 'installed', 'reached', 'joined', 'machines', 'unseen', 'shared', 'Sent', 'on_ray']
+           'spoken_resources', 'installed', 'reached', 'check_loopback', 'joined', 'machines', 'unseen', 'shared',
+           'Sent', 'on_ray']
 
 # %% ../nbs/83_launch.ipynb #c814b749
-import os, pickle, platform, subprocess, sys, tempfile, time, uuid
+import ipaddress, os, pickle, platform, subprocess, sys, tempfile, time, uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import torch
-from .core import CARRIED, UserError, carried, describe, digest, write_text
+from .core import CARRIED, UserError, carried, describe, digest, make_folder, write_text
 from .stopping import Stopped
 from .workers import LONGEST, Tell, cores, side_by_side
 
@@ -29,6 +30,7 @@ class Job:
     after: tuple['Job', ...] = ()    # jobs to be done before
     processes: int = 1               # that it starts, each with a device of its own
     seconds: float = 0.              # about how long it takes
+    name: str = 'a job'              # for people
 
 
 def in_order(
@@ -46,7 +48,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, tell: Tell = print) -> No
     "Run all jobs on this machine, at most `workers` at once."
     if workers > 1: jobs = in_order(jobs)
     place = {job: n for n, job in enumerate(jobs)}
-    side_by_side([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs])
+    side_by_side([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
 
 # %% ../nbs/83_launch.ipynb #01124e40
 RETRIES = 30    # times that a task is started again after its process or machine died
@@ -90,12 +92,35 @@ def reached(address: str) -> None:
     raise UserError(f'address is {address!r}, where no Ray cluster could be joined ({reason}); write auto on a machine of the cluster, HOST:6379 from there, ray://HOST:10001 from elsewhere (with RAY_AUTH_MODE=token in the environment where the cluster has a token), or leave it empty to start Ray on this machine.')
 
 
+def check_loopback(ray: Any) -> None:
+    "Refuse a Ray of our own that other machines can reach: a `UserError`."
+    found = [n['NodeManagerAddress'] for n in ray.nodes()]
+    if outside := [a for a in found if not ipaddress.ip_address(a).is_loopback]:
+        raise UserError(f'Ray listens on {outside[0]}, where others could reach it, and not on this machine alone; install another version of Ray, or leave launcher empty.')
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    "A Ray that starts within listens on the loopback address alone, as it does on macOS and Windows; the cluster's switch for that is read when Ray is imported."
+    from ray._private import ray_constants
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try: yield
+    finally: ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _started(ray: Any) -> None:
+    "Start Ray on this machine."
+    with _loopback(): ray.init(address='local', num_cpus=cores(), include_dashboard=False, object_store_memory=100 * 2**20, **QUIET)
+    check_loopback(ray)
+
+
 @contextmanager
 def joined(address: str) -> Iterator[Any]:
     "Ray, as a module."
     installed()
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')             # Ray would report to its makers
     os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')  # and warn of a change that does not matter here
+    if not address: os.environ.setdefault('RAY_AUTH_MODE', 'token')   # read when Ray is imported; Ray makes its token in ~/.ray
     import ray
     if ray.is_initialized():
         yield ray
@@ -105,8 +130,11 @@ def joined(address: str) -> Iterator[Any]:
     for left in (2, 1, 0):
         try:
             if address: ray.init(address=address, **QUIET)
-            else: ray.init(address='local', num_cpus=cores(), include_dashboard=False, object_store_memory=100 * 2**20, **QUIET)
+            else: _started(ray)
             break
+        except UserError:
+            ray.shutdown()
+            raise
         except Exception as e:   # Ray raises a dozen types; on a machine that is very busy, its processes may miss each other's 15 seconds
             ray.shutdown()
             if not left: raise UserError(f"Ray could not be {'joined at ' + address if address else 'started on this machine'} ({' '.join(str(e).split()).rstrip('.')}); run the same command again, without launcher ray if that does not help.") from e
@@ -197,9 +225,10 @@ def on_ray(
         taken = {job: resources(job.threads, device, job.processes) for job in jobs}
         nodes = machines(ray, device, max(t['num_cpus'] for t in taken.values()))
         shared(ray, nodes, folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try: make_folder(folder)
+        except OSError as e: raise UserError(f'{folder} could not be made ({e.strerror or e}); choose another `outputs` folder.') from e
         tell('Ray: ' + _counted(len(nodes), 'machine') + ', ' + ', '.join(_counted(sum(n['Resources'].get(kind, 0) for n in nodes), kind) for kind in ('CPU', 'GPU') if device == 'cuda' or kind == 'CPU'))
-        lines, task, refs = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}
+        lines, task, refs, done = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}, []
         def heard():
             with suppress(ray.exceptions.RayActorError):   # the queue's machine died: the work goes on in silence
                 for line in lines.get_nowait_batch(lines.qsize()): tell(line)
@@ -219,7 +248,9 @@ def on_ray(
             _stop(ray, list(refs.values()), heard)
             cause = getattr(e, 'cause', None)   # what a task raised
             if isinstance(cause, UserError): raise UserError(str(cause)) from None
-            raise RuntimeError(f'{e}' if cause else f'a task could not be finished ({" ".join(str(e).split())}); run the same command again, it goes on where it stopped') from None
+            if cause: raise RuntimeError(f'{e}') from None
+            lost = ' and '.join(job.name for job, ref in refs.items() if ref in done) or 'a job'   # those that `ray.get` was asked for
+            raise UserError(f'{lost}: Ray could not finish the task ({" ".join(str(e).split()).rstrip(".")}); run the same command again, it goes on where it stopped.') from None
 
 
 def _counted(n: float, what: str) -> str: return f'{n:g} {what}' + 's' * (n != 1)

@@ -4,24 +4,42 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_RICE', 'CIFAR100_SAAT', 'SVHN_RICE', 'CIFAR10_IAAT', 'IMAGENET', 'WIDTHS', 'STRIDES', 'TRADES_NET',
-           'NETWORKS', 'MODES', 'Classifier', 'Network', 'he_normal', 'conv', 'shortcut', 'BasicBlock', 'Bottleneck',
-           'stages', 'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50', 'ResNet101', 'ResNet152', 'ImageNetStem',
-           'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152', 'NarrowResNet', 'PreActBlock', 'preact_body',
-           'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid', 'ScoreMap', 'IAATWideResNet', 'Dropout',
-           'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network', 'in_mode', 'normed_convolutions', 'folded',
-           'frozen', 'fingerprint']
+           'NETWORKS', 'MODES', 'FOLD_TOLERANCE', 'memory_format', 'Classifier', 'Network', 'he_normal', 'conv',
+           'shortcut', 'BasicBlock', 'Bottleneck', 'stages', 'stem', 'pooled', 'ResNet18', 'ResNet34', 'ResNet50',
+           'ResNet101', 'ResNet152', 'ImageNetStem', 'ImageNetResNet50', 'ImageNetResNet101', 'ImageNetResNet152',
+           'NarrowResNet', 'PreActBlock', 'preact_body', 'PreActResNet18', 'WideResNet', 'PooledPreActBlock', 'Grid',
+           'ScoreMap', 'IAATWideResNet', 'Dropout', 'convolutions', 'VGG16', 'MNISTCNN', 'SmallCNN', 'network',
+           'in_mode', 'fewest_images', 'normed_convolutions', 'folded', 'same_when_folded', 'frozen', 'fingerprint']
 
 # %% ../nbs/20_networks.ipynb #63958479
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-import hashlib
+import copy, hashlib, weakref
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
-from .core import UserError, at_least
+from .core import UserError, at_least, nearly
+
+# %% ../nbs/20_networks.ipynb #5d1e9b40
+def memory_format(
+    model: nn.Module,
+    device: str|torch.device = 'cpu'
+) -> torch.memory_format:
+    "The layout that is fast and safe on this device: channels_last, but contiguous on a CPU where a layer is `_thin`."
+    risky = torch.device(device).type == 'cpu' and any(_thin(m) for m in model.modules())
+    return torch.contiguous_format if risky else torch.channels_last
+
+
+def _thin(layer: nn.Module) -> bool:
+    """Has it 1x1 filters on fewer than 8 channels, and a stride? The gradient of such weights in channels_last writes past its memory on processors without AVX-512 (oneDNN issue 6035).
+    Of a layer that is not PyTorch's own convolution the stride is not known: it may have one."""
+    filters = [p for p in layer.parameters(recurse=False) if p.dim() == 4 and p.shape[2:] == (1, 1)]
+    if type(layer) is nn.Conv2d: return any(p.shape[1] < 8 and max(layer.stride) > 1 for p in filters)
+    return any(min(p.shape[:2]) < 8 for p in filters)
 
 # %% ../nbs/20_networks.ipynb #6211cbc0
 class Classifier(nn.Module):
@@ -39,9 +57,17 @@ class Classifier(nn.Module):
             self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
             self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.normalised = len(mean) > 0
+        self.memory_format = torch.contiguous_format
+
+    def laid_out(self, device: str|torch.device|None = None) -> 'Classifier':
+        "Itself, on a device (None: where it is), in the layout that suits it there."
+        device = device or next(self.parameters()).device
+        self.memory_format = memory_format(self, device)
+        return self.to(device, memory_format=self.memory_format)
 
     def features(self, x: Tensor) -> Tensor:
         "The representation $g(x)$, [B,width]."
+        if self.memory_format is torch.contiguous_format: x = x.contiguous()   # one tensor in channels_last would turn the others
         return self.body((x - self.mean) / self.std if self.normalised else x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +106,7 @@ class Network:
             body, width = self.parts(channels)
             net = Classifier(body, self.head(width, classes), width, self.mean, self.std)
             self.initialise(net)
-            return net.to(memory_format=torch.channels_last)
+            return net.laid_out()
 
     def size(self, classes: int, channels: int = 3) -> int:
         "Number of parameters; no weight is made."
@@ -116,7 +142,7 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     "Two 3x3 convolutions with batch norm and a shortcut (He et al., 2016)."
     expansion = 1   # output channels per unit of width
-    normed = ('conv1', 'bn1'), ('conv2', 'bn2')   # a batch norm that reads this convolution, and alone reads it; see `folded`
+    normed = ('conv1', 'bn1'), ('conv2', 'bn2')   # each batch norm reads this convolution, and nothing else does; see `normed_convolutions`
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.conv1, self.bn1 = conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
@@ -297,7 +323,7 @@ class WideResNet(Network):
 # %% ../nbs/20_networks.ipynb #68cafe5e
 class PooledPreActBlock(PreActBlock):
     "A pre-activation block without weights outside its convolutions (McDonnell, 2018): its shortcut pools, pads, and reads the input itself."
-    affine = False
+    affine, normed = False, PreActBlock.normed
     def resized(self, inputs, width, stride): return nn.Sequential(nn.AvgPool2d(3, stride, 1), nn.ZeroPad3d((0, 0, 0, 0, 0, width - inputs)))  # the third pair pads channels
     def skipped(self, x, h): return x if self.shortcut is None else self.shortcut(x)
 
@@ -428,7 +454,7 @@ NETWORKS: dict[str, Network] = {
 def network(name: str) -> Network:
     "The network called `name`."
     if name in NETWORKS: return NETWORKS[name]
-    raise UserError(f'network is {name!r}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
+    raise UserError(f'network is {name!r}{nearly(name, NETWORKS)}; choose one of {", ".join(NETWORKS)}, or leave it empty for the preset\'s.')
 
 # %% ../nbs/20_networks.ipynb #2a58f332
 MODES = 'eval', 'train'  # of batch norm and dropout
@@ -446,28 +472,67 @@ def in_mode(
     finally:
         for m, training in was: m.training = training
 
+# %% ../nbs/20_networks.ipynb #20c0f0a2
+@torch.no_grad()
+def fewest_images(model: nn.Module, x: Tensor) -> int:   # `x`: some images [B,C,H,W]
+    "How many images a network needs in train mode: 2 where a batch norm sees one number per channel of an image."
+    seen = [1]
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None: seen.append(1 + (inputs[0][0].numel() == inputs[0].shape[1]))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [m.register_forward_pre_hook(look) for m in norms]
+    try:
+        with in_mode(model, 'eval'): model(x[:1])
+    finally:
+        for hook in hooks: hook.remove()
+    return max(seen)
+
 # %% ../nbs/20_networks.ipynb #b6a2e905
-def normed_convolutions(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    "The convolutions that only a batch norm reads, each with its batch norm: neighbours in a `Sequential`, and what a block lists as `normed`."
-    pairs = []
-    for m in model.modules():
-        if type(m) is nn.Sequential: pairs += pairwise(m)
-        else: pairs += [(getattr(m, conv), getattr(m, bn)) for conv, bn in getattr(m, 'normed', ())]
-    return [(conv, bn) for conv, bn in pairs if isinstance(conv, (nn.Conv1d, nn.Conv2d)) and isinstance(bn, (nn.BatchNorm1d, nn.BatchNorm2d))]
+def normed_convolutions(
+    model: nn.Module
+) -> list[tuple[nn.Module, nn.Module]]:  # convolutions, each with its batch norm
+    """The stock convolutions that one stock batch norm reads, and nothing else.
+    Only modules whose structure is known are searched: `Classifier`, `Sequential`, and blocks whose own class lists its pairs as `normed`. A foreign module may read anything."""
+    uses = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+    pairs = [pair for m in _known(model) for pair in _neighbours(m)]
+    return [(conv, bn) for conv, bn in pairs
+            if _stock(conv, nn.Conv1d, nn.Conv2d) and _stock(bn, nn.BatchNorm1d, nn.BatchNorm2d) and uses[conv] == uses[bn] == 1]
+
+
+def _known(m: nn.Module) -> Iterator[nn.Module]:
+    "This module and those within, as far as their structure is known."
+    if 'forward' in vars(m) or not (type(m) in (Classifier, nn.Sequential) or 'normed' in vars(type(m))): return
+    yield m
+    for child in m.children(): yield from _known(child)
+
+
+def _neighbours(m: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
+    if type(m) is nn.Sequential: return pairwise(m)
+    return [(getattr(m, conv), getattr(m, bn)) for conv, bn in vars(type(m)).get('normed', ())]
+
+
+def _stock(m: nn.Module, *kinds: type[nn.Module]) -> bool:
+    "Is it PyTorch's layer itself: no subclass, no hook, no forward of its own?"
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+    return type(m) in kinds and not any(hooks) and not vars(m).keys() & {'forward', '_conv_forward'}
+
+
+_REFUSED = weakref.WeakSet()   # networks that were not the same when folded
 
 
 @contextmanager
 def folded(model: nn.Module):
-    "Batch norms in eval mode are computed by the convolutions before them. For gradients of images: the weights get none. Equal to rounding, and no parameter or buffer is touched."
+    """Batch norms in eval mode are computed by the convolutions before them. For gradients of images: the weights get none.
+    Equal to rounding, and no parameter or buffer is touched. A network that `same_when_folded` refused stays as it is."""
     done = []
-    for conv, bn in normed_convolutions(model):
-        if bn.training or bn.running_var is None or 'forward' in vars(conv): continue   # the last: folded already
+    for conv, bn in () if model in _REFUSED else normed_convolutions(model):
+        if bn.training or bn.running_var is None: continue
         with torch.no_grad():
             scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
             weight = conv.weight * scale.view(-1, *[1] * (conv.weight.dim() - 1))
             bias = (0 if bn.bias is None else bn.bias) + scale * ((0 if conv.bias is None else conv.bias) - bn.running_mean)
-            if torch.is_autocast_enabled(weight.device.type):   # once, and not in every pass: autocast keeps what it lowers of layers that ask for gradients alone
-                weight, bias = (t.to(torch.get_autocast_dtype(weight.device.type)) for t in (weight, bias))
+            kind = weight.device.type
+            if torch.is_autocast_enabled(kind):   # once: autocast caches only what it lowers of tensors that require gradients
+                weight, bias = (t.to(torch.get_autocast_dtype(kind)) for t in (weight, bias))
         conv.forward, bn.forward = partial(conv._conv_forward, weight=weight, bias=bias), _same
         done.append((conv, bn))
     try: yield model
@@ -476,6 +541,52 @@ def folded(model: nn.Module):
 
 
 def _same(x: Tensor) -> Tensor: return x
+
+# %% ../nbs/20_networks.ipynb #3f0a7c21
+FOLD_TOLERANCE = 1e-6   # in fp64, relative to the largest number of an image's logits or gradient: tells another function from rounding
+
+
+def same_when_folded(
+    model: nn.Module,
+    x: Tensor          # a few images [B,C,H,W] in [0,1]
+) -> bool:
+    """Are the logits and the input gradients of the folded network its own, at `x` and at `x` one sign step of 8/255 away?
+    Asked in fp64 and eval mode on a copy, once per run and per evaluation. A network that differs, or cannot be asked, is never folded."""
+    if model in _REFUSED: return False
+    if not normed_convolutions(model): return True
+    try: same = _compare(model, x)
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception: same = False   # foreign code: it cannot be copied, or insists on fp32
+    if not same: _REFUSED.add(model)
+    return same
+
+
+def _compare(model: nn.Module, x: Tensor) -> bool:
+    place = torch.device('cpu') if x.device.type == 'mps' else x.device   # mps has no fp64
+    gpus = [place] if place.type == 'cuda' else []
+    with torch.random.fork_rng(devices=gpus), torch.enable_grad(), torch.autocast(place.type, enabled=False):
+        own = copy.deepcopy(model).to(place, torch.float64).eval()
+        x = x.to(place, torch.float64)
+        logits, grad = _slope(own, x)
+        for at in (x, (x + 8/255 * grad.sign()).clamp(0, 1)):
+            mine = _slope(own, at)
+            with folded(own): theirs = _slope(own, at)
+            if not all(_close(a, b) for a, b in zip(theirs, mine)): return False
+    return True
+
+
+def _slope(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Logits [B,K], and the gradient of their weighted sum with respect to the images [B,C,H,W]."
+    x = x.detach().requires_grad_()
+    logits = model(x)
+    weights = torch.linspace(-1, 2, logits[0].numel(), dtype=logits.dtype, device=logits.device).view_as(logits[0])
+    return logits.detach(), torch.autograd.grad((logits * weights).sum(), x)[0]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    "Within the tolerance, image by image."
+    a, b = a.flatten(1), b.flatten(1)
+    return bool(((a - b).abs().amax(1) <= FOLD_TOLERANCE * b.abs().amax(1)).all())
 
 # %% ../nbs/20_networks.ipynb #178890ff
 @contextmanager

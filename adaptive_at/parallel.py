@@ -15,7 +15,7 @@ from typing import Any
 import torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
-from .core import UserError, describe, revived, write_json
+from .core import UserError, describe, foreign_modules, revived, write_json
 from .datasets import Dataset
 from .networks import Dropout
 from .stopping import Stopped, patiently
@@ -137,7 +137,7 @@ class Together(Alone):
             def save(state: State) -> None:
                 if self.agreed(asked()): raise Stopped('stopped')
             while told := self._told():
-                run = revived(told['run'])
+                run = revived(told['run'], foreign_modules(told['run']))   # the first process has made it already
                 state = State(run, data, self.device)
                 state.load_state_dict(torch.load(io.BytesIO(told['state']), map_location='cpu', weights_only=True))
                 with suppress(Diverged), threads(told['threads']): train(run, data, state, save, lambda line: None, asked, self)
@@ -164,7 +164,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def undivided(run: Run) -> str:
     "Why a run cannot be trained by several processes; empty where it can."
     if getattr(run.method.objective, 'whole_batch', False): return f'the loss of {type(run.method.objective).__name__} needs all images of a batch at once; train it with one process.'
-    try: revived(describe(run))
+    told = describe(run)
+    try: revived(told, foreign_modules(told))
     except UserError as e: return str(e)
     return ''
 
@@ -240,9 +241,11 @@ def launched(
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])]), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS') or str(max(1, cores() // processes))}
     with tempfile.TemporaryDirectory() as folder:
         spec, errors = Path(folder)/'spec.json', Path(folder)/'errors'
-        write_json(spec, {'run': describe(run)})
+        told = describe(run)
+        write_json(spec, {'run': told})
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', 'adaptive_at', 'train', str(spec),
-                   '--outputs', str(outputs), '--data-root', str(data_root), '--device', device, '--dataset', dataset]
+                   '--outputs', str(outputs), '--data-root', str(data_root), '--device', device, '--dataset', dataset,
+                   *(word for module in foreign_modules(told) for word in ('--allow', module))]   # imported already
         with open(errors, 'wb') as log:
             job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True, preexec_fn=_die_with_parent if sys.platform.startswith('linux') else None)
         try:
@@ -266,4 +269,4 @@ def _said(errors: Path) -> str:
 
 def _last(errors: Path) -> str:
     "The last exception in what the job said."
-    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b', line)), 'no reason given')
+    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|traceback : Signal \d+', line.strip())), 'no reason given')

@@ -198,12 +198,14 @@ class Plan:
         self.table, self.session, self.parameters, self.device = table, session, session.parameters, session.here
         parameters, self.preset = session.parameters, session.preset
         self.store = Store(parameters.outputs/'runs')
-        self.folder = parameters.outputs/table.name/self.preset.name
+        self.folder = parameters.written/table.name/self.preset.name
         self.figures = self._figures()
         self.overrides: list[str] = []
         parts = self._parts()
         if not parameters.dry_run:
             for name in dict.fromkeys(name for name, _, _ in parts): datasets.check(name, parameters.data_root)
+        names = list(dict.fromkeys(name for name, _, _ in parts))
+        self.infos = dict(zip(names, datasets.told_apart([datasets.info(name, parameters.data_root) for name in names])))
         self.blocks = [block for part in parts if (block := self._block(*part)).rows]
         if not self.blocks: raise UserError(f'rows is {parameters.rows!r}, none of which is in the blocks {", ".join(f"{part.dataset} with {part.network}" for _, part, _ in parts)}.')
         if not any(row in b.runs for b in self.blocks for row in b.rows): raise UserError(f'rows is {parameters.rows!r}, which the paper quotes from other publications: nothing here trains it; name other rows beside it.')
@@ -245,7 +247,7 @@ class Plan:
 
     def _block(self, name: str, part: Part, network: str) -> Block:
         q, t, preset = self.parameters, self.table, self.preset
-        info = datasets.info(name, q.data_root)
+        info = self.infos[name]
         own_eps = t.eps if info.unit == 8/255 else info.unit
         p = Protocol(name, part.network, q.eps or own_eps, preset.name, q.told)
         if name not in (preset.datasets or {part.dataset for part in t.blocks}): self._override('datasets', info.label, '')
@@ -392,7 +394,7 @@ def published_cost(network: networks.Network, info: DatasetInfo) -> Cost:
 @lru_cache
 def measured_cost(network: networks.Network, info: DatasetInfo, device: torch.device, batch: int, precision: str = 'fp32') -> Cost:
     "The cost on this device, from a few steps on noise; the fastest of three counts, since a disturbance can only add."
-    model = network.build(len(info.classes), info.shape[0]).to(device)
+    model = network.build(len(info.classes), info.shape[0]).laid_out(device)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.)
     x, y = torch.rand(batch, *info.shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     def attack(): PGD(0.01, 3)(model, x, y, 0.1).sum().item()

@@ -28,6 +28,15 @@ class Bank:
         self.used = torch.zeros(n, device=device)         # radius of the last visit's attack [n]
         self.realised = torch.zeros(n, device=device)     # max |x' - x| of the last visit's adversary [n]
 
+    def write(self,
+        index: Tensor,               # which examples, int64 [B]
+        **values: float|Tensor       # by name, as in `each`: one number for all, or one per example [B], in any precision
+    ) -> None:
+        "Remember new values. The bank keeps its own precision: under bf16 a rule may compute in a lower one."
+        for name, value in values.items():
+            mine = getattr(self, name)
+            mine[index] = torch.as_tensor(value, dtype=mine.dtype, device=mine.device)
+
     def learning_rate(self, lr: float) -> None:
         "Told the step size of each update, for rules that learn."
 
@@ -74,7 +83,7 @@ class RadiusRule:
         "A term to add to the outer loss, if the rule has one."
 
     def after_step(self, bank: Bank, batch: Batch, x_adv: Tensor, model: Classifier) -> None:
-        "Move the bank, with the new weights."
+        "Move the bank, with the new weights: `bank.write(batch.index, eps=...)` takes any precision."
 
 
 class Fixed(RadiusRule):
@@ -167,7 +176,7 @@ class Calibrated(RadiusRule):
         "Eqs. 12 and 13 with the new weights; the result is used at the example's next visit."
         with in_mode(model, 'eval'):
             s = overstep(bank.head(model.features(x_adv)), batch.y, self.tau)
-        bank.eps[batch.index] = self.moved(bank.eps[batch.index], s)
+        bank.write(batch.index, eps=self.moved(bank.eps[batch.index], s))
 
 # %% ../nbs/40_radius.ipynb #a3e186d3
 @dataclass(frozen=True)

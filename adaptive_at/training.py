@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'ROW', 'Monitor', 'Run', 'State', 'snapshot_every', 'followed', 'Alone', 'train_step', 'measure', 'Diverged',
-           'keep_memory', 'threads', 'train', 'progress', 'concerns']
+           'keep_memory', 'threads', 'check_batches', 'train', 'progress', 'concerns']
 
 # %% ../nbs/70_training.ipynb #93406e8b
 import ctypes, sys, time
@@ -16,9 +16,9 @@ import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, in_epoch, one_of, slug
-from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, to_unit
+from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, cut, to_unit
 from .methods import Method, Training
-from .networks import Classifier, Network, in_mode
+from .networks import Classifier, Network, fewest_images, in_mode, same_when_folded
 from .radius import Bank, Setting
 from .streams import Noise, key, permutation
 
@@ -54,6 +54,8 @@ class Run:
     seed: int = 0
     start: 'Run|None' = None  # the run whose last weights it starts from
 
+    def __post_init__(self): at_least(self, seed=-2**63, train_examples=0)
+
     @property
     def id(self) -> str: return digest(self)
 
@@ -68,7 +70,7 @@ class State:
     "A run between two steps."
     def __init__(self, run: Run, data: Dataset, device: str|torch.device = 'cpu'):
         info = data.info
-        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).to(device)
+        self.model = run.network.build(len(info.classes), info.shape[0], key(run.seed, 'weights')).laid_out(device)
         t = run.training
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay)
         self.bank = run.method.radius.bank(Setting(len(data.train), len(info.classes), self.model.width, t.momentum, t.weight_decay, str(device)), key(run.seed, 'bank'))
@@ -80,9 +82,16 @@ class State:
         self.best: dict = {}                # epoch, natural and robust accuracy of the best checkpoint so far
         self.subset = balanced(data.train.y, run.train_examples)  # examples to train on
         self.watched = followed(self.subset)                      # those whose radius is kept after each epoch
+        self.example = torch.zeros(1, *info.shape, device=device)
+        self.least = 1                                            # images of a batch, or 2: see `sizes`
+        if 1 in self.sizes(t.batch): self.least = fewest_images(self.model, self.example)
         self.path: list[Tensor] = []        # their radii, one entry per epoch
         self.snapshots: list[Tensor] = []   # all radii, float16, every `snapshot_every(epochs)` epochs
         self.improved = False               # is this epoch the best so far?
+
+    def sizes(self, batch: int) -> list[int]:
+        "How many images each batch of an epoch has: the last one may have one, where the network can be trained on it."
+        return [len(part) for part in cut(self.subset, batch, self.least)]
 
     def state_dict(self) -> dict:
         "All of it, as tensors and plain values."
@@ -157,10 +166,10 @@ def train_step(
     batch = replace(batch, noise=noise)
     team.begin(batch)
     eps = rule.radius(bank, batch, model)
-    bank.used[batch.index] = eps
+    bank.write(batch.index, used=eps)
     x_adv = attack(model, batch.x, objective.target(batch, eps), eps, noise.of('attack'))
     eps = rule.after_attack(bank, batch, x_adv, model, eps)
-    bank.realised[batch.index] = (x_adv - batch.x).abs().flatten(1).amax(1)
+    bank.write(batch.index, realised=(x_adv - batch.x).abs().flatten(1).amax(1))
     for loss in objective.losses(batch, x_adv, objective.target(batch, eps), eps):
         with method.weights.perturbed(model, loss, team.averaged) if method.weights else nullcontext():
             optimiser.zero_grad()
@@ -216,6 +225,14 @@ def threads(n: int|None):
     finally: torch.set_num_threads(was)
 
 
+def check_batches(run: Run, state: State, team: Alone = ALONE) -> None:
+    "Raises UserError where a process would be given a single image, and the network cannot be trained on one."
+    fewest = min(state.sizes(run.training.batch)) // team.size
+    if fewest > 1 or fewest_images(state.model, state.example) == 1: return
+    raise UserError(f'{run.network.label} cannot be trained on a single image, of which its batch norm learns nothing, and with batches of {run.training.batch} of '
+                    f'{len(state.subset)} images by {team.size} process{"es" * (team.size > 1)} one would be alone; choose other train_examples, fewer processes or another network.')
+
+
 def train(
     run: Run,
     data: Dataset,                            # on the state's device
@@ -227,15 +244,18 @@ def train(
 ) -> State:
     "Train to the end of the run."
     t, model, bank, subset = run.training, state.model, state.bank, state.subset
-    steps = -(-len(subset) // t.batch)
+    steps = len(state.sizes(t.batch))
     device = next(model.parameters()).device
+    check_batches(run, state, team)
+    same_when_folded(model, to_unit(data.train.x[subset[:4]]))
     team.join(state)
     while state.epoch < t.epochs:
         began, epoch = time.perf_counter() - state.seconds, state.epoch
         method = in_epoch(run.method, epoch, t.epochs)
         stream = key(run.seed, epoch)
         model.train()
-        for i, batch in enumerate(batches(data.train, t.batch, key(stream, 'data'), run.augment, subset, first=state.batch, mine=team.part), state.batch):
+        left = batches(data.train, t.batch, key(stream, 'data'), run.augment, subset, first=state.batch, mine=team.part, least=state.least)
+        for i, batch in enumerate(left, state.batch):
             lr = t.lr_at(epoch + (i + 0.5) / steps)
             for group in state.optimiser.param_groups: group['lr'] = lr
             bank.learning_rate(lr)

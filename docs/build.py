@@ -10,11 +10,13 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from html.parser import HTMLParser
 from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -30,6 +32,7 @@ from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, pop
 from sphinx.cmd.build import build_main
 
 matplotlib.use("Agg")
+from adaptive_at.workers import cores, died
 from pictures import draw
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -99,8 +102,8 @@ def notebooks(root: Path = root) -> list[Notebook]:
 
 # --- execution -----------------------------------------------------------------------------------------------------------------------
 
-def execute(path: Path, into: Path) -> float:
-    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows; the processor's seconds that it took."
+def execute(path: Path, into: Path, tell: Connection) -> None:
+    "Run a notebook in this process, as `nbdev_test` does, and keep what it shows. Tells each cell before it is run, and at the end the processor's seconds that all took."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     multiprocessing.set_start_method(None, force=True)  # the notebook's own processes begin as everywhere, not as this one did
@@ -110,13 +113,30 @@ def execute(path: Path, into: Path) -> float:
     shell = CaptureShell(path)
     for cell in nb.cells:
         if cell.cell_type != "code" or re.search(r"^#\|\s*eval:\s*false", cell.source, re.M): continue
+        tell.send(cell.source)
         shell.cell(cell)
         if shell.exc: raise RuntimeError(f"{path.name} failed in the cell\n{cell.source}") from shell.exc
     matplotlib.pyplot.close("all")
     part = into.with_suffix(".part")
     write_nb(nb, part)
     part.replace(into)
-    return time.process_time() - began
+    tell.send(time.process_time() - began)
+
+
+def in_a_process(path: Path, into: Path, context: multiprocessing.context.BaseContext) -> float:
+    "Run a notebook in a fresh process; the processor's seconds that it took. `SystemExit` with a sentence where it did not come to its end."
+    hears, tells = context.Pipe(duplex=False)
+    process = context.Process(target=execute, args=(path, into, tells))
+    process.start()
+    tells.close()
+    told = None
+    with suppress(EOFError):
+        while True: told = hears.recv()
+    process.join()
+    if isinstance(told, float): return told
+    cell = next((line for line in (told or "").splitlines() if line.strip() and not line.startswith("#|")), "its first cell")
+    if process.exitcode == 1: raise SystemExit(f"docs: {path.name} failed in the cell that begins with {cell!r}; the error stands above.")
+    raise SystemExit(f"docs: {died(path.name, process.exitcode)}, in the cell that begins with {cell!r}.")
 
 
 def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
@@ -132,8 +152,8 @@ def executed(books: list[Notebook], folder: Path) -> dict[str, Path]:
     for old in set(folder.iterdir()) - set(found.values()): old.unlink()
     context = multiprocessing.get_context("forkserver")  # a fresh process for each, with the libraries imported once
     context.set_forkserver_preload(["nbformat", "nbdev.processors", "sphinx.cmd.build", "execnb.shell", "torch._dynamo", "torchvision", "sklearn.datasets", "seaborn", "pandas.io.formats.style", "filelock"])  # what this file and notebooks import
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), context, max_tasks_per_child=1) as pool:
-        names = {pool.submit(execute, b.path, found[b.name]): b.name for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
+    with ThreadPoolExecutor(cores()) as pool:   # a thread waits for each process
+        names = {pool.submit(in_a_process, b.path, found[b.name], context): b.name for b in sorted(waiting.values(), key=lambda b: -b.path.stat().st_size)}
         try: took = {names[job]: job.result() for job in as_completed(names)}
         except BaseException: pool.shutdown(cancel_futures=True); raise
     if took: print(f"{len(took)} notebooks executed, {sum(took.values()):.0f} s of processor time; the longest: " + ", ".join(f"{n} {took[n]:.0f} s" for n in sorted(took, key=took.get)[:-5:-1]))

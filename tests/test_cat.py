@@ -18,6 +18,8 @@ from adaptive_at.radius import Fixed, Setting
 from adaptive_at.training import train_step
 from helpers import labels, narrow, noise, numbers, same, wavy
 
+pytestmark = pytest.mark.trains
+
 CAP, ETA = 8/255, 0.005
 
 

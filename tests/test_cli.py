@@ -302,3 +302,12 @@ def test_plain_weights_are_scored_as_the_tables_score_them(outputs):
     store = Store(outputs/"runs")
     model = plain(store.folder(alone(7))/"best.pt", NarrowResNet(width_factor=4), digits().info)
     assert scored(model, {"natural": Clean()}, digits(), examples=50).accuracy["natural"] == store.verdicts(alone(7), clean(store))["accuracy"]  # one epoch: the best is the last
+
+
+def test_our_own_export_is_scored_as_the_run_is(outputs, exported):
+    store, info = Store(outputs/"runs"), digits().info
+    for which in ("last", "best"):
+        ours = store.model(alone(7), digits(), which)
+        loaded = plain(exported, NarrowResNet(width_factor=4), info, checkpoint=which)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), ours.state_dict().values(), strict=True))
+    with pytest.raises(UserError, match="checkpoint is 'worst'"): plain(exported, NarrowResNet(width_factor=4), info, checkpoint="worst")

@@ -66,7 +66,7 @@ def test_a_run_has_the_plain_paths_numbers(name, plain_graphs):
     assert taken == "compiled" and fast == pytest.approx(plain, rel=1e-5)
     assert {n for calls in plain_graphs for n in calls} == {8}   # 20 images: two full batches, and four that go the plain way
     images, learnt = (plain_graphs if len(plain_graphs) == 2 else [[], *plain_graphs])
-    updates, images = len(learnt) - 1, len(images) - 1   # the first call of each compares
+    updates, images = len(learnt) - 2, len(images) - 2   # the first two calls of each compare, at clean and at attacked images
     assert updates == 2 * 2 * {"TRADES": 2, "AWP": 2}.get(name, 1)
     assert (name == "natural") == (images < 0) and (name == "natural" or images >= 2 * 2 * r.method.attack.steps or name == "SAAT")
     assert not {"forward", "imaged"} & vars(state.model).keys()
@@ -76,7 +76,7 @@ def test_bf16_holds_in_the_graphs(plain_graphs):
     r, data = run(at(EPS), precision="bf16"), random_data(n=20)
     plain, fast = losses(r, data, as_it_is)[0], losses(r, data, as_compiled)[0]
     assert fast == pytest.approx(plain, rel=2e-2) and fast != losses(run(at(EPS)), data, as_it_is)[0]
-    model, x, y = narrow().eval(), numbers(4, 1, 8, 8), labels(4, 10)
+    model, x, y = narrow(width=8).eval(), numbers(4, 1, 8, 8), labels(4, 10)
     with compiled(model, (4, 1, 8, 8), "eval", lowered=True):
         with torch.autocast("cpu", torch.bfloat16): assert gradient(model, x, CrossEntropy(), y)[1].dtype == torch.bfloat16
         calls = len(plain_graphs[-2])
@@ -99,7 +99,7 @@ def test_nothing_is_built_again(plain_graphs):
 
 
 def test_a_twin_shares_its_memory_and_asks_for_no_gradient():
-    model = narrow()
+    model = narrow(width=8)
     for mode, weights in (("eval", False), ("train", True)):
         other = twin(model, mode, weights)
         assert all(a.data_ptr() == b.data_ptr() for a, b in zip([*model.parameters(), *model.buffers()], [*other.parameters(), *other.buffers()]))
@@ -109,7 +109,7 @@ def test_a_twin_shares_its_memory_and_asks_for_no_gradient():
 
 
 def test_the_comparison_leaves_no_trace(plain_graphs):
-    model = narrow()
+    model = narrow(width=8)
     before = fingerprint(model)
     with compiled(model, (4, 1, 8, 8), "train") as taken: assert taken == "compiled" and fingerprint(model) == before and all(p.grad is None for p in model.parameters()) and model.training
 
@@ -126,7 +126,7 @@ def broken(kind):
 @pytest.mark.parametrize("kind, says", [("missing", "RuntimeError: no C++ compiler"), ("late", "ZeroDivisionError"), ("wrong", "ArithmeticError: its loss is"), ("no number", "its loss is nan"), ("gradient", "its gradients are not the network's")])
 def test_a_graph_that_fails_or_errs_is_not_used(kind, says, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken(kind))
-    model, lines = narrow(), []
+    model, lines = narrow(width=8), []
     before = fingerprint(model)
     with compiled(model, (4, 1, 8, 8), "eval", tell=lines.append) as taken:
         assert taken == "eager" and not {"forward", "imaged"} & vars(model).keys() and fingerprint(model) == before
@@ -135,7 +135,7 @@ def test_a_graph_that_fails_or_errs_is_not_used(kind, says, monkeypatch):
 
 
 def test_an_error_while_it_trains_is_not_swallowed(plain_graphs):
-    model = narrow()
+    model = narrow(width=8)
     with pytest.raises(KeyError), compiled(model, (4, 1, 8, 8), "eval"): raise KeyError
     assert not {"forward", "imaged"} & vars(model).keys()
 
@@ -151,6 +151,26 @@ def test_the_rule_is_a_gpu_a_large_network_and_a_long_run(monkeypatch):
     assert pays(replace(long, method=natural()), 50_000, cuda) and not pays(replace(long, method=natural()), n, cuda)   # an eleventh of the passes
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     assert not pays(long, 50_000, cuda)
+
+
+def test_a_network_that_is_not_safe_in_channels_last_is_not_compiled_on_a_cpu(plain_graphs):
+    told = []
+    with compiled(narrow(width=4), (4, 1, 8, 8), "eval", tell=told.append) as taken: assert taken == "eager"
+    assert not plain_graphs and "not safe in channels_last" in told[0]
+
+
+def test_a_graph_that_is_right_at_clean_images_alone_is_not_used(monkeypatch):
+    "Equal on the images of the comparison, another function one step away."
+    def compile_(f, **options):
+        seen = []
+        def graph(x):
+            seen.append(x.detach().clone()) if not seen else None
+            return f(x) if torch.equal(x, seen[0]) else f(x.flip(3))
+        return graph
+    monkeypatch.setattr(torch, "compile", compile_)
+    told = []
+    with compiled(narrow(width=8), (4, 1, 8, 8), "eval", tell=told.append) as taken: assert taken == "eager"
+    assert "ArithmeticError" in told[0]
 
 
 def test_dropout_that_counts_its_calls_is_not_compiled(plain_graphs):

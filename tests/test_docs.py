@@ -22,6 +22,22 @@ def site():
     return ROOT / "docs" / "_build" / "html"
 
 
+# --- execution
+
+def test_a_notebook_whose_process_dies_is_named_with_its_cell(tmp_path):
+    "And one with a fault in a cell; the thread that waits for it says it, whatever the other notebooks do."
+    import multiprocessing
+    def book(name, *cells):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+        nbformat.write(nb, tmp_path / name)
+        return tmp_path / name, tmp_path / "done.ipynb"
+    context = multiprocessing.get_context("forkserver")
+    with pytest.raises(SystemExit, match=r"^docs: dead.ipynb: its process was ended by SIGABRT, as a library does that found its memory damaged, in the cell that begins with 'import os'\.$"):
+        build.in_a_process(*book("dead.ipynb", "1 + 1", "#| export\nimport os\nos.abort()"), context)
+    with pytest.raises(SystemExit, match="^docs: wrong.ipynb failed in the cell that begins with 'x = 1 / 0'"): build.in_a_process(*book("wrong.ipynb", "x = 1 / 0"), context)
+    assert build.in_a_process(*book("good.ipynb", "1 + 1"), context) >= 0 and (tmp_path / "done.ipynb").exists()
+
+
 # --- the pages
 
 def test_every_notebook_has_a_page_that_links_to_it(site):

@@ -24,6 +24,8 @@ from adaptive_at.runs import Store
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from helpers import buffers, labels, narrow, noise, numbers, random_data, same, wavy
 
+pytestmark = pytest.mark.trains
+
 
 def tensor(*values): return torch.tensor(values)
 

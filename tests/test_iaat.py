@@ -21,6 +21,8 @@ from adaptive_at.streams import Noise, key
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from helpers import OneLayer, labels, narrow, noise, numbers, random_data, same, wavy
 
+pytestmark = pytest.mark.trains
+
 GAMMA = 1.9
 
 

@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,13 +13,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
-from adaptive_at import core, plans, runs, training, workers
+from adaptive_at import core, plans, runs, streams, training, workers
 from adaptive_at.attacks import PGD
 from adaptive_at.core import Busy, Heartbeat, UserError, locked
+from adaptive_at.datasets import CROP_FLIP
 from adaptive_at.evaluation import Column, WhiteBox, evaluate, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import fingerprint
@@ -378,3 +381,53 @@ def test_an_interrupted_notebook_is_one_sentence(tmp_path):
     sentence, = error["traceback"]
     assert re.fullmatch(r"stopped; run the same command again, digits-\S+ goes on after (batch 1 of )?epoch \d+ of 400", sentence), sentence
     assert said.rstrip().endswith(sentence)
+
+
+# What else the process does
+
+def disturb(seed):
+    "Move every generator of the process, and leave another shuffled loader half read."
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    loader = iter(torch.utils.data.DataLoader(torch.arange(20), batch_size=3, shuffle=True))
+    next(loader)
+    random.random(), np.random.rand(3), torch.rand(5), torch.randperm(7)
+    return loader
+
+
+def resumed(saved, run, data, seed, stop=None):
+    "Go on from a saved state in a process that does other things too; the state after `stop` saves, or at the end."
+    state, saves = State(run, data), []
+    state.load_state_dict(copy.deepcopy(saved))
+    loader = disturb(seed)
+    def noted(s):
+        saves.append(written(s))
+        next(loader, None), torch.rand(3)
+        if len(saves) == stop: raise Killed
+    try: return train(run, data, state, noted, lambda line: disturb(seed + 1), due=lambda: True).state_dict()
+    except Killed: return saves[-1]
+
+
+def disturbed_twice(name):
+    "A run that was stopped twice, and one that was not."
+    data = random_data(n=20, side=9)
+    run = Run("random", "", OneLayer3(), METHODS[name], Training(epochs=3, batch=8), Monitor(PGD(0.1, 1), 0.1, examples=4, every=2), augment=CROP_FLIP)
+    saves = []
+    whole = train(run, data, State(run, data), lambda s: saves.append(written(s)), lambda line: None, due=lambda: True)
+    second = resumed(saves[1], run, data, 1, stop=3)   # from batch 2 of epoch 1 to batch 2 of epoch 2
+    assert (second["epoch"], second["batch"]) == (1, 2)
+    return resumed(second, run, data, 2), whole.state_dict()
+
+
+@pytest.mark.parametrize("name", ["fat", "daat-trades", "saat-up-awp", "iaat", "mixup-at", "cat", "dra"])
+def test_going_on_does_not_depend_on_what_else_the_process_does(name):
+    again, whole = disturbed_twice(name)
+    assert equal(again, whole)
+
+
+@pytest.mark.parametrize("generator", [lambda n: torch.randperm(n), lambda n: torch.from_numpy(np.random.permutation(n)), lambda n: torch.tensor(random.sample(range(n), n))], ids=["torch", "numpy", "random"])
+def test_an_order_from_a_global_generator_would_be_noticed(generator, monkeypatch):
+    monkeypatch.setattr(streams, "permutation", lambda key, n, device="cpu": generator(n))
+    again, whole = disturbed_twice("fat")
+    assert not equal(again, whole)

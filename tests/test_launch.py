@@ -1,5 +1,7 @@
 "Tables as tasks of Ray: the numbers of this machine alone, workers that are killed, Ctrl-C, and what is refused."
+import contextlib
 import importlib
+import ipaddress
 import os
 import pickle
 import re
@@ -52,6 +54,42 @@ def planned(outputs, table=TABLE, **parameters): return Plan(table, settle(start
 def workers():
     "The processes of tasks that run now, of any Ray on this machine that this process can see."
     return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == "ray::_work"]
+
+
+# Who can reach it
+
+def listening(processes):
+    "The addresses on which these processes take connections."
+    found = set()
+    for p in processes:
+        with contextlib.suppress(psutil.Error): found |= {c.laddr.ip for c in p.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+at_home = pytest.mark.skipif(bool(os.environ.get("RAY_ADDRESS")), reason="of a Ray that starts here")
+
+
+@at_home
+def test_ray_on_this_machine_listens_on_this_machine_only(ray):
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1   # a worker is there
+    found = listening([psutil.Process(), *psutil.Process().children(recursive=True), *(p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::"))])
+    assert found and all(ipaddress.ip_address(ip.replace("::ffff:", "")).is_loopback for ip in found), found
+
+
+@at_home
+def test_ray_on_this_machine_asks_for_its_token(ray):
+    address = ray.get_runtime_context().gcs_address
+    wrong = dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")   # the last: as this machine alone
+    tried = subprocess.run([sys.executable, "-c", launch.JOINS, address], env=os.environ | wrong, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert tried.returncode != 0 and "authentication" in tried.stderr.lower(), tried.stderr[-500:]
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3", "::", "0.0.0.0"])
+def test_a_ray_that_others_can_reach_is_not_used(address, monkeypatch):
+    class Open:
+        def nodes(self): return [{"NodeManagerAddress": "127.0.0.1"}, {"NodeManagerAddress": address}]
+    said = sentence(launch.check_loopback, Open())
+    assert address in said and "this machine" in said
 
 
 # Jobs
@@ -316,7 +354,8 @@ class Dies:
 
 def test_a_task_that_always_dies_is_given_up(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "RETRIES", 1)
-    with pytest.raises(RuntimeError, match="run the same command again, it goes on where it stopped"): on_ray([Job(Dies())], "", "cpu", tmp_path, lambda line: None)
+    with pytest.raises(UserError, match="^training of DAAT: Ray could not finish the task .*run the same command again, it goes on where it stopped.$"):
+        on_ray([Job(Dies(), name="training of DAAT")], "", "cpu", tmp_path, lambda line: None)
 
 
 def sentence(call, *args, **kwargs):

@@ -20,6 +20,8 @@ from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
 from adaptive_at.saat import StrengthAdaptivePGD, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import Monitor
 
+pytestmark = pytest.mark.trains
+
 EPS = 0.031
 BASELINES = {"at": at, "fat": fat, "trades": trades, "mart": mart}
 

@@ -1,4 +1,8 @@
 "Networks against published sizes, torchvision's, and the papers' released layouts written out with plain functions."
+import os
+import platform
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -15,6 +19,8 @@ from adaptive_at.core import UserError, digest
 from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMAGENET, MNISTCNN, NETWORKS, SVHN_RICE, TRADES_NET, VGG16, IAATWideResNet,
                                   ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, WideResNet, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
+
+pytestmark = pytest.mark.trains
 
 GRAY = ("mnistcnn", "mnistcnn-half", "mnistcnn-trades", "smallcnn")
 
@@ -335,6 +341,70 @@ def test_normalisation_for_other_channels_is_refused():
     with pytest.raises(UserError, match="3 channels, but the images have 1"): NarrowResNet(**CIFAR10_RICE).build(10, 1)
 
 
+# The layout of tensors
+
+def layouts(net, x):
+    "For each convolution with a stride and 1x1 filters on fewer than 8 channels: is what it is given in channels_last?"
+    found = []
+    def look(m, args):
+        h = args[0]
+        if m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels // m.groups < 8:
+            found.append(h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous())
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d): m.register_forward_pre_hook(look)
+    net(x)
+    return found
+
+
+THIN = [*((NarrowResNet(width_factor=w, strides=s), c) for w in (*range(1, 10), 12, 16, 24) for s in ((1, 2, 2), (2, 2, 2), (1, 3)) for c in (1, 3)),
+        *((NETWORKS[name], channels(name)) for name in ("vgg16", "preactresnet18", "resnet50", *GRAY)), (WideResNet(depth=8, width_factor=1), 3), (IAATWideResNet(depth=8, width_factor=1), 3)]
+
+
+def test_no_network_has_a_thin_strided_convolution_in_channels_last_on_a_cpu():
+    "Processors without AVX-512 would write past its memory, whatever the layout of the images."
+    met = 0
+    for spec, image in THIN:
+        net = spec.build(10, image).eval()
+        x = numbers(2, image, 28, 28)
+        for given in (x, x.contiguous(memory_format=torch.channels_last)): met += len(found := layouts(net, given)); assert not any(found), spec
+    assert met > 100
+    for name, spec in NETWORKS.items():
+        with torch.device("meta"): assert (nets.memory_format(spec.build(10, channels(name))) == torch.contiguous_format) == (name == "narrow-4"), name
+
+
+def test_other_layers_than_stock_ones_are_in_doubt_and_a_gpu_is_not():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filters = nn.Parameter(torch.zeros(8, 4, 1, 1))
+    class Other(nn.Conv2d): pass
+    risky = (nn.Conv2d(4, 8, 1, 2), nn.Conv2d(16, 32, 1, 2, groups=4), nn.Conv2d(7, 8, 1, (1, 2)), Other(4, 8, 1), Raw(), nn.ConvTranspose2d(16, 4, 1, 2),
+             nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 8, 1, 2)))
+    sound = nn.Conv2d(8, 8, 1, 2), nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, 2, 1), nn.Linear(4, 4), Other(8, 8, 1, 2), nn.BatchNorm2d(4)
+    for m in risky: assert nets.memory_format(nn.Sequential(m)) == torch.contiguous_format and nets.memory_format(m, "cuda") == torch.channels_last, m
+    for m in sound: assert nets.memory_format(nn.Sequential(m)) == torch.channels_last, m
+
+
+def test_a_thin_network_trains_in_both_precisions_in_one_process_on_a_processor_without_avx512():
+    "In a process of its own: what is written past its memory kills it."
+    code = """
+import torch
+from adaptive_at.networks import NarrowResNet
+torch.set_num_threads(1)
+for width in (1, 3, 4, 7):
+    for lowered in (False, True, False):
+        net = NarrowResNet(width_factor=width).build(10, 1).train()
+        for _ in range(3):
+            with torch.autocast('cpu', torch.bfloat16, enabled=lowered): net(torch.rand(128, 1, 8, 8)).float().square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-500:]}"
+    if platform.machine() == "x86_64": assert done.stdout.strip() in ("AVX2", "DEFAULT")
+
+
 # Batch norm folded into convolutions
 
 def used(spec, image):
@@ -350,17 +420,15 @@ def used(spec, image):
     (PreActResNet18(), 3, 8, 8, 9), (WideResNet(depth=10, width_factor=1), 3, 8, 3, 4), (IAATWideResNet(depth=8, width_factor=1), 3, 32, 4, 4), (SmallCNN(), 1, 28, 0, 0)])
 def test_a_folded_network_is_the_same_function_without_its_batch_norms(spec, image, side, n, left):
     net, x = used(spec, image), numbers(2, image, side, side).double().requires_grad_()
-    calls = []
-    for m in net.modules():
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.register_forward_hook(lambda m, args, out: calls.append(out is args[0]))
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     logits = net(x)
     slope = torch.autograd.grad(logits[:, 3].sum(), x)[0]
     was = {k: v.clone() for k, v in net.state_dict().items()}
-    calls.clear()
     with folded(net):
         inside = net(x)
         assert near(inside, logits, 1e-10) and near(torch.autograd.grad(inside[:, 3].sum(), x)[0], slope, 1e-9)
-        assert (sum(calls), len(calls) - sum(calls)) == (n, left)
+        away = sum("forward" in vars(m) for m in norms)
+        assert (away, len(norms) - away) == (n, left)
     assert torch.equal(net(x), logits) and same(was, net.state_dict()) and all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
@@ -397,7 +465,7 @@ def test_what_is_folded_is_lowered_once_and_to_what_autocast_would_make_of_it():
 def test_an_attack_folds_in_eval_mode_only_and_with_the_weights_it_meets():
     net, x, y = NarrowResNet(width_factor=4).build(10, 1).eval(), numbers(6, 1, 8, 8), labels(6, 10)
     read = []
-    net.body[1].register_forward_hook(lambda m, args, out: read.append(out is args[0]))
+    net.body[2].register_forward_pre_hook(lambda m, args: read.append("forward" in vars(net.body[1])))   # the ReLU behind the batch norm
     PGD(0.01, 3)(net, x, y, 0.1, noise(6))
     assert read == [True] * 3
     PGD(0.01, 3, mode="train")(net, x, y, 0.1, noise(6))

@@ -12,6 +12,8 @@ from adaptive_at.datasets import Batch
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from helpers import buffers, labels, narrow, numbers, same, wavy
 
+pytestmark = pytest.mark.trains
+
 OBJECTIVES = [AdversarialCE(), TRADES(), TRADES(beta=1.5), MART(), MART(beta=6.)]
 
 

@@ -12,10 +12,10 @@ from adaptive_at import datasets, parallel, plans
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.cat import cat_v2
-from adaptive_at.core import describe, digest, revived, write_json
+from adaptive_at.core import describe, digest, foreign_modules, revived, write_json
 from adaptive_at.iaat import iaat, imagenet_iaat, mixup_at
 from adaptive_at.methods import Training, at, daat, mart
-from adaptive_at.networks import MNISTCNN
+from adaptive_at.networks import MNISTCNN, NarrowResNet
 from adaptive_at.parallel import Together, enough, launched, undivided
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.papers.table3_iaat import TABLE as IMAGENET
@@ -67,7 +67,7 @@ def job(run, folder, size=2, before=None):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu"]
+    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu", *(word for module in foreign_modules(describe(run)) for word in ("--allow", module))]
     log = folder/"log"
     log.unlink(missing_ok=True)
     processes = [CONTEXT.Process(target=work, args=(rank, size, port, str(log), arguments, before)) for rank in range(size)]
@@ -108,6 +108,14 @@ def test_two_processes_train_as_one_does(name, tmp_path):
     assert store.finished(run) and said.count("epoch") == run.training.epochs   # one process speaks
     assert np.allclose(store.radius(run)["eps"], expected["bank"]["eps"], atol=1e-5) and store.facts(run)["made with"][-1]["processes"] == 2 and "batch norm" not in store.facts(run)["made with"][-1]
     if name in ("daat", "iaat", "cat"): assert len(expected["bank"]["eps"].unique()) > 1   # there is something to share
+
+
+def test_a_last_batch_of_one_image_joins_the_one_before_where_batch_norm_needs_two(tmp_path):
+    whole, alone = (spec(at(EPS, steps=1), NarrowResNet(width_factor=4, strides=(2, 2, 2)), epochs=1, examples=n, batch=4) for n in (9, 10))
+    codes, said = job(whole, tmp_path)
+    assert codes == [0, 0] and Store(tmp_path/"runs").finished(whole), said   # 2 and 2 images, then 3 and 2
+    codes, said = job(alone, tmp_path)
+    assert codes != [0, 0] and "cannot be trained on a single image" in said and "Traceback" not in said, said   # at last 1 and 1
 
 
 # Interrupted

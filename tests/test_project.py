@@ -1,4 +1,5 @@
 "The project's own files agree with each other, and the built wheel holds what the package needs."
+import hashlib
 import json
 import re
 import shlex
@@ -8,11 +9,14 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from adaptive_at.parameters import TABLES
 
@@ -40,6 +44,17 @@ def test_environment_yml_lists_the_requirements_of_settings_ini(config):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     assert pip == shlex.split(config["requirements"]) + shlex.split(config["dev_requirements"]) + ["-e ."]
+
+
+def test_constraints_name_one_version_each_that_the_requirements_admit(config):
+    "And no hash: one would make pip demand hashes of everything, which `-e .` cannot have."
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line) for line in lines), lines
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    assert len(pinned) == len(lines)
+    for text in shlex.split(config["requirements"]) + shlex.split(config["dev_requirements"]):
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), text
 
 
 def test_one_version_everywhere(config):
@@ -137,3 +152,41 @@ def test_no_absolute_machine_paths():
             continue
         hit = ABSOLUTE.search(text.replace("file://", ""))
         assert not hit, f"{path.relative_to(ROOT)}: {text[max(0, hit.start() - 40):hit.end() + 40]!r}"
+
+
+# AutoAttack, which a third party repackaged
+
+COMPARED = {   # SHA-256 of the attack files of pyautoattack 0.2.0, which differ from fra31/auto-attack at a392200 in imports and white space alone
+    "autopgd_base.py": "6913041e2d8e94b72e659c9ea5452eb7d3476f24f32d227cdaae025c6db3c256",
+    "fab_base.py": "63654f228a57b5ff56babd6ed3d1ddd0724827e8a210a48ba0d76cbc35333a5b",
+    "fab_projections.py": "d2e095000c0ecd85f0eb22605465636487259c57147b4b2bd091c6ea86fb5bde",
+    "fab_pt.py": "2ad605c1a161fbdc0109f4018760ffb2a10a63de6e218063bb33621e00013d1e",
+    "square.py": "bd5c61d3b43d3b55b74b059477b74061a399a0f5f384cb51af91216682e247ae",
+    "other_utils.py": "a06a038ab1ca59a2d8f09642b9a4e7f6e9b249cd8e6c6a9cbd308f47649268df"}
+
+
+def unseen(folder):
+    "The attack files in a folder that nobody compared with the authors' own."
+    found = {name: hashlib.sha256((folder/name).read_bytes()).hexdigest() if (folder/name).is_file() else "" for name in COMPARED}
+    return [name for name in COMPARED if found[name] != COMPARED[name]]
+
+
+def test_autoattack_s_files_are_those_that_were_compared():
+    installed = Path(str(metadata.distribution("pyautoattack").locate_file("pyautoattack")))
+    assert not (new := unseen(installed)), (
+        f"{', '.join(new)} of pyautoattack {metadata.version('pyautoattack')} differ from those of 0.2.0: compare them with fra31/auto-attack at a392200 (or a later commit), "
+        "and then record their hashes here, and the commit in settings.ini and nbs/index.ipynb")
+
+
+def test_a_release_that_changes_an_attack_is_noticed(tmp_path):
+    installed = Path(str(metadata.distribution("pyautoattack").locate_file("pyautoattack")))
+    for name in COMPARED: (tmp_path/name).write_bytes((installed/name).read_bytes())
+    (tmp_path/"square.py").write_text((tmp_path/"square.py").read_text() + "\n")
+    (tmp_path/"fab_pt.py").unlink()
+    assert unseen(tmp_path) == ["fab_pt.py", "square.py"]
+
+
+def test_readme_and_settings_say_whose_autoattack_is():
+    for path in (ROOT/"README.md", ROOT/"settings.ini"):
+        text = path.read_text(encoding="utf-8")
+        assert all(part in text for part in ("pyautoattack", "third party", "fra31/auto-attack", "a392200", "imports", "white space alone", "wrapper")), path.name

@@ -9,15 +9,18 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at import datasets as ds
-from adaptive_at.attacks import NoAttack
+from adaptive_at.attacks import PGD, NoAttack
 from adaptive_at.core import in_epoch
 from adaptive_at.datasets import Batch
-from adaptive_at.methods import Method, at, daat
+from adaptive_at.methods import Method, Training, at, daat
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, Setting, overstep
-from adaptive_at.training import train_step
-from helpers import buffers, labels, narrow, noise, numbers, same
+from adaptive_at.training import Monitor, Run, State, train, train_step
+from fingerprints import METHODS
+from helpers import OneLayer, buffers, labels, narrow, noise, numbers, random_data, same
+
+pytestmark = pytest.mark.trains
 
 EPS = 0.031
 RULES = [DAAT, LinearDAAT, PiecewiseDAAT]
@@ -401,3 +404,47 @@ def test_a_step_asks_its_rule_in_the_order_of_the_algorithm():
     optimiser.register_step_post_hook(lambda *_: calls.append("step"))
     train_step(Method(rule, Attack(), AdversarialCE()), model, rule.bank(setting(model)), optimiser, batch_of(), noise(6))
     assert calls == ["radius", "attack", "after attack", "extra loss", "step", "after step"]
+
+
+# Lower and higher precision
+
+class OneLayer5(OneLayer):
+    "For images of 5 pixels."
+    def parts(self, channels): return super().parts(channels)[0], 8 * 9
+
+
+def trained(method, precision="bf16"):
+    run = Run("random", "", OneLayer5(), method, Training(epochs=2, batch=16, precision=precision), Monitor(PGD(EPS, 1), EPS, examples=1, every=3))
+    data = random_data()
+    return train(run, data, State(run, data), tell=lambda line: None)
+
+
+def floating(state): return [v for v in [*(getattr(state.bank, name) for name in state.bank.each), *state.model.state_dict().values()] if v.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_in_bf16_and_remembers_in_fp32(name):
+    state = trained(METHODS[name])
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in floating(state)) and state.history[-1]["loss"] > 0
+
+
+@dataclass(frozen=True)
+class Rounded(RadiusRule):
+    "A rule of somebody's own that computes in another precision."
+    kind: str = "bfloat16"
+    def radius(self, bank, batch, model): return bank.eps[batch.index].to(getattr(torch, self.kind))
+    def after_step(self, bank, batch, x_adv, model): bank.write(batch.index, eps=self.radius(bank, batch, model) / 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float64"])
+def test_a_rule_may_compute_in_any_precision(kind, precision):
+    state = trained(at(EPS, Rounded(EPS, kind)), precision)
+    assert all(v.dtype == torch.float32 for v in floating(state))
+    assert torch.allclose(state.bank.eps, torch.full((16,), EPS / 4), rtol=1e-2) and torch.allclose(state.bank.used, torch.full((16,), EPS / 2), rtol=1e-2)
+
+
+def test_a_bank_takes_a_number_for_all_and_a_tensor_for_each():
+    bank = Fixed(EPS).bank(Setting(3, 2, 1))
+    bank.write(torch.tensor([2, 0]), eps=torch.tensor([0.25, 0.5], dtype=torch.bfloat16), used=1)
+    assert close(bank.eps, [0.5, EPS, 0.25]) and bank.used.tolist() == [1, 0, 1] and bank.realised.tolist() == [0, 0, 0]

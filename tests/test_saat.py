@@ -19,6 +19,8 @@ from adaptive_at.training import train_step
 from adaptive_at.weights import AT_AWP, TRADES_AWP
 from helpers import buffers, labels, narrow, noise, numbers, same, wavy
 
+pytestmark = pytest.mark.trains
+
 EPS = 8/255
 BIG = 0.1   # a radius at which the small models below are fooled
 

@@ -1,16 +1,20 @@
 "The store as a user meets it: parts of a table, damaged or deleted files."
 import csv
+import errno
+import io
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from adaptive_at.attacks import PGD
-from adaptive_at.core import UserError, write_json
+from adaptive_at.core import Unreadable, UserError, write_json
 from adaptive_at.evaluation import Clean, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
@@ -18,9 +22,11 @@ from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.runs import Store
 from adaptive_at.seals import END, FORMAT, Seal, checksum, seal
 from adaptive_at.tables import run
-from adaptive_at.training import Monitor, Run
+from adaptive_at.training import Monitor, Run, State
 
 from helpers import digits
+
+pytestmark = pytest.mark.trains
 
 SIZE = dict(preset="quick", device="cpu", epochs=2, train_examples=96, test_examples=20, figures="none")
 
@@ -233,3 +239,119 @@ def test_a_malicious_file_is_refused_and_not_executed(name, with_seal, kept, cop
         copied.train(tiny(), digits(), tell=said.append)
     assert said[0].startswith(f"{name} of ") and "cannot be read as plain" in said[0] and not trap.exists()
     assert numbers_of(copied) == numbers_of(kept) and not trap.exists()
+
+
+# Failures that say nothing of a file: nothing is renamed, and the same command goes on when they are over
+
+ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)")
+FAILURES = {"memory": MemoryError(), "allocator": ALLOCATOR,
+            "GPU memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+            "disk": OSError(errno.EIO, "Input/output error"),
+            "GPU": torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+            "read": RuntimeError("PytorchStreamReader failed reading file data/0: file read failed"),
+            "copy": RuntimeError('Error(s) in loading state_dict for Sequential:\n\tWhile copying the parameter named "0.weight", an exception occurred : (\'CUDA error: unknown error\',).')}
+
+
+def failing(failure):
+    def fail(*args, **kwargs): raise failure
+    return fail
+
+
+def files(store):
+    return {p.relative_to(store.root): p.read_bytes() for p in store.root.rglob("*") if p.is_file()
+            and "lock" not in p.name}
+
+
+def refused_for_now(work, name):
+    "One sentence, which says that nothing was done to the file."
+    with pytest.raises(Unreadable) as caught: work()
+    text = str(caught.value)
+    assert "\n" not in text and name in text and text.endswith("run the same command again."), text
+    assert "no file was changed" in text or "cannot be read (Input/output error)" in text, text
+
+
+@pytest.mark.parametrize("where", [(torch, "load"), (torch.nn.Module, "load_state_dict"), (torch.nn.Module, "to")],
+                         ids=["reading", "copying", "moving"])
+def test_weights_that_cannot_be_loaded_now_stay_where_they_are(where, kept, copied, monkeypatch):
+    before, built = files(copied), tiny().network.build(10, 1)
+    monkeypatch.setattr(NarrowResNet, "build", lambda *args: built)
+    for failure in FAILURES:
+        with monkeypatch.context() as broken:
+            broken.setattr(*where, failing(FAILURES[failure]))
+            refused_for_now(lambda: copied.model(tiny(), digits(), tell=print), "last.pt")
+        assert files(copied) == before, failure
+    assert fingerprint(copied.model(tiny(), digits())) == kept.facts(tiny())["weights"]["last"]
+
+
+@pytest.mark.parametrize("where", [(torch, "load"), (State, "__init__"), (State, "load_state_dict")],
+                         ids=["reading", "making", "copying"])
+def test_a_state_that_cannot_be_loaded_now_stays_where_it_is(where, kept, copied, monkeypatch):
+    (copied.folder(tiny())/"history.csv").unlink()   # the run counts as begun
+    before, said = files(copied), []
+    for failure in FAILURES:
+        if where[1] == "__init__" and failure in ("read", "copy", "disk"): continue   # nothing is read there
+        with monkeypatch.context() as broken:
+            broken.setattr(*where, failing(FAILURES[failure]))
+            refused_for_now(lambda: copied.train(tiny(), digits(), tell=said.append), "last.pt")
+        assert files(copied) == before and not said, failure
+    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+def test_a_bank_that_cannot_be_loaded_now_stays_where_it_is(copied, monkeypatch):
+    before = files(copied)
+    for failure in ("memory", "disk"):
+        with monkeypatch.context() as broken:
+            broken.setattr(np, "load", failing(FAILURES[failure]))
+            refused_for_now(lambda: copied.radius(tiny()), "radius.npz")
+        assert files(copied) == before
+    assert copied.radius(tiny())["eps"].shape == (len(digits().train.y),)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "radius.npz", "history.csv", "spec.json", "evals/clean-*.json"])
+def test_a_file_that_the_system_does_not_let_us_read_stays_where_it_is(name, kept, copied, monkeypatch):
+    "The disk fails at the first, or at a later, read of the file."
+    path, = copied.folder(tiny()).glob(name)
+    e, before = clean(kept), files(copied)
+    def all_of_it():
+        return copied.history(tiny()), copied.radius(tiny()), [copied.model(tiny(), digits(), w)
+                                                               for w in ("last", "best")], copied.verdicts(tiny(), e)
+    for place in (0, 1):
+        if place and path.suffix in (".csv", ".json"): continue   # one read
+        with unreadable(path, place, monkeypatch): refused_for_now(all_of_it, path.name)
+        assert files(copied) == before
+    assert all_of_it()[0] == kept.history(tiny())
+
+
+def test_a_state_of_other_shapes_is_damaged(kept, copied):
+    "Also where PyTorch would stretch one value over the whole bank."
+    path, said = copied.folder(tiny())/"last.pt", []
+    (path.parent/"history.csv").unlink()
+    saved = torch.load(path, weights_only=True)
+    saved["bank"]["eps"] = saved["bank"]["eps"][:1].clone()
+    torch.save(saved, path)
+    resealed(path)
+    assert copied.train(tiny(), digits(), tell=said.append) and "does not fit this run" in said[0]
+    assert "set aside as last.damaged" in said[0]
+    assert numbers_of(copied) == numbers_of(kept)
+
+
+@contextmanager
+def unreadable(path, place, monkeypatch):
+    "Within, the disk fails at the n-th read of one file, and at all that follow."
+    class Failing(io.FileIO):
+        reads = 0
+        def readinto(self, buffer):
+            self.reads += 1
+            if self.reads > place: raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(buffer)
+        def readall(self): return self.readinto(bytearray(1)) and b""
+    def opened(file, mode="r", *args, **kwargs):
+        if Path(str(file)) != path or set(mode) & set("wa+"): return whole(file, mode, *args, **kwargs)
+        raw = io.BufferedReader(Failing(file), 512)
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8")
+    whole = io.open
+    with monkeypatch.context() as broken:
+        broken.setattr(io, "open", opened)
+        broken.setattr("builtins.open", opened)
+        yield

@@ -12,7 +12,7 @@ from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import pack
 from adaptive_at.parameters import COMMON, TABLES, about, start
 from adaptive_at.plans import Plan, settle
-from adaptive_at.tables import Results, compared
+from adaptive_at.tables import Results, compared, trained_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [name for name in TABLES if name.startswith("table")]
@@ -157,8 +157,23 @@ def test_rows_are_compared_seed_by_seed_where_one_is_missing(tmp_path):
     assert not any("natural" in told for told in results._warnings(block, "Standard AT", "PGD-20", "last"))
 
 
-@pytest.mark.parametrize("outputs, command", [("outputs", "papermill nbs/table1_daat.ipynb outputs/table1_daat.ipynb"), ("{}/b", "mkdir -p {0}/b && papermill nbs/table1_daat.ipynb {0}/b/table1_daat.ipynb"), ("{}/a b", 'mkdir -p "{0}/a b" && papermill nbs/table1_daat.ipynb "{0}/a b"/table1_daat.ipynb')])
+@pytest.mark.parametrize("outputs, command", [("outputs", "papermill nbs/table1_daat.ipynb outputs/table1_daat.ipynb"), ("{}/b", "mkdir -p {0}/b && papermill nbs/table1_daat.ipynb {0}/b/table1_daat.ipynb"), ("{}/a b", "mkdir -p '{0}/a b' && papermill nbs/table1_daat.ipynb '{0}/a b/table1_daat.ipynb'")])
 def test_the_command_of_a_notebook_writes_where_it_was_told_to(outputs, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = start("table1_daat", dict(preset="quick", rows="Standard AT,DAAT", outputs=outputs.format(tmp_path))).command()
-    assert told.startswith(command.format(tmp_path) + " -p preset quick -p rows \"Standard AT,DAAT\"")
+    assert told.startswith(command.format(tmp_path) + " -p preset quick -p rows 'Standard AT,DAAT'")
+
+
+def test_the_provenance_names_the_versions_that_trained_the_runs_and_not_those_of_the_page(tmp_path):
+    plan = planned("table1_daat", tmp_path, rows="FAT,Standard AT", columns="clean", seeds=2, figures="none", datasets="cifar10")
+    block, = plan.blocks
+    def made(torch, device): return {"python": "3.11.0", "torch": torch, "torchvision": "0.29.1", "numpy": "2.4.6", "adaptive_at": "0.1.0", "device": device, "threads": 1}
+    here = [made("2.14.1", "a processor")]
+    facts = {run.id: {"made with": here} for run in (*block.runs["FAT"], block.runs["Standard AT"][0])}
+    facts[block.runs["Standard AT"][1].id] = {"made with": [*here, made("2.11.0", "another")]}   # stopped, and continued elsewhere
+    plan.store.facts = lambda run: facts.get(run.id, {})
+    common = "python 3.11.0, torch {}, torchvision 0.29.1, numpy 2.4.6, adaptive_at 0.1.0; {}"
+    assert trained_with(plan) == [common.format("2.14.1", "a processor") + " (4 runs)", common.format("2.11.0", "another") + " (1 run)"]
+    assert "torch 2.11.0" in Results(plan).provenance().to_html()
+    facts.clear()
+    assert trained_with(plan) == ["nothing is trained yet"]

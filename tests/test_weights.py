@@ -18,6 +18,8 @@ from adaptive_at.training import train_step
 from adaptive_at.weights import AT_AWP, AWP, TRADES_AWP, add, perturbable
 from helpers import buffers, labels, narrow, noise, numbers, same
 
+pytestmark = pytest.mark.trains
+
 EPS = torch.finfo(torch.float32).eps
 
 

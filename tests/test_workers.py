@@ -1,8 +1,15 @@
 "Jobs in forked processes."
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from adaptive_at.core import UserError
+from adaptive_at.workers import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER_THREADS = """
@@ -23,3 +30,23 @@ def test_jobs_do_not_wait_for_threads_that_only_their_parent_has():
     "Where OMP_NUM_THREADS is not set, as on most people's machines, OpenMP in a forked process would wait for ever."
     ran = subprocess.run([sys.executable, "-c", AFTER_THREADS], env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == str(["64 images, 1 thread"] * 3), ran.stderr
+
+
+def test_a_job_whose_process_dies_is_named_with_what_it_said_last():
+    def dies(tell):
+        tell("epoch 3 of 20")
+        os.kill(os.getpid(), signal.SIGKILL)
+    def waits(tell): time.sleep(30)
+    with pytest.raises(UserError, match=r"^training of DAAT: its process was ended by SIGKILL, as the system does when memory runs out, after it said 'epoch 3 of 20'; run the same command again, it goes on where it stopped\.$"):
+        side_by_side([waits, dies], 2, lambda line: None, names=["training of AT", "training of DAAT"])
+    with pytest.raises(UserError, match=r"^a job: its process was ended with exit code 7; run"): side_by_side([lambda tell: os._exit(7)] * 2, 2)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"): side_by_side([lambda tell: 1 / 0] * 2, 2)   # a fault in the code keeps its traceback
+
+
+def test_the_jobs_of_a_table_have_names(tmp_path):
+    from adaptive_at import plans, tables
+    from adaptive_at.papers.table1_daat import TABLE
+    from adaptive_at.parameters import start
+    plan = plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
+    names = [job.name for job in tables._jobs(plan, True)]
+    assert names == ["training of Standard AT", "training of Standard AT, seed 1", "evaluation of Standard AT (natural, PGD-20)", "evaluation of Standard AT, seed 1 (natural, PGD-20)"], names

@@ -27,7 +27,7 @@ TABLE = Table('table1_cat', 'CAT, Table 1.', (Part('cifar10', 'vgg16'),), 0.03, 
 
 # %% ../../nbs/table1_cat.ipynb #2161b10a
 import pandas as pd
-from ..figures import styled
+from ..figures import styled, tag
 
 def gaps(results):
     "Robust accuracy on training images less that on test images, per row."
@@ -39,7 +39,7 @@ def gaps(results):
             if train - test == train - test:  # both were run
                 half = sum((high - low)**2 for _, low, high in parts)**0.5 / 2  # other images, so the errors are independent
                 paper = [results.paper(block, row, column) for column in columns(block.protocol)]
-                lines[results.plan.named(block), row] = {'this run': f'<b>{train - test:.1f}</b> ± {half:.1f}', 'paper': f'{paper[0] - paper[1]:.1f}'}
+                lines[results.plan.named(block), row] = {'this run': tag('b', f'{train - test:.1f}') + f' ± {half:.1f}', 'paper': f'{paper[0] - paper[1]:.1f}'}
     return styled(pd.DataFrame.from_dict(lines, orient='index'), 'Training less test accuracy, in points', []) if lines else 'gap: the two columns were not run'
 
 # %% ../../nbs/table1_cat.ipynb #ae2d3d9d

@@ -70,7 +70,7 @@ TABLE = Table('table1_iaat', 'IAAT, Table 1.', (Part('cifar10', 'resnet18'), Par
 # %% ../../nbs/table1_iaat.ipynb #83de1b2e
 import matplotlib.pyplot as plt, numpy as np, torch
 from .. import datasets
-from ..figures import GREY, PALETTE, look
+from ..figures import GREY, PALETTE, look, words
 
 class Trained:
     "The images that a block's IAAT was trained on, their radii on the scale from 0 to 255, and the network."
@@ -109,7 +109,7 @@ class Trained:
         for a, picture, k, y in zip(ax, x.cpu(), taken.tolist(), self.images(of)[1].tolist()):
             a.imshow(picture.permute(1, 2, 0).numpy(), cmap='gray', vmin=0, vmax=1)
             a.set(xticks=[], yticks=[])
-            a.set_xlabel(self.info.classes[k], fontsize='small', labelpad=2)
+            a.set_xlabel(words(self.info.classes[k]), fontsize='small', labelpad=2)
             for spine in a.spines.values(): spine.set(visible=True, color=PALETTE[2 if k == y else 3], linewidth=2.5)
 
 
@@ -165,7 +165,7 @@ def fig5(results, block):
     with look():
         fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
         axes[0].plot(epochs, [255 * h['mean_eps'] for h in trained.history], color=PALETTE[0], lw=1.6)
-        for i, style in zip(range(min(3, len(followed))), ('-', '--', '-.')): axes[1].plot(epochs, path[:, i], style, lw=1.6, label=f'image {followed[i]} ({trained.info.classes[y[followed[i]]]})')
+        for i, style in zip(range(min(3, len(followed))), ('-', '--', '-.')): axes[1].plot(epochs, path[:, i], style, lw=1.6, label=f'image {followed[i]} ({words(trained.info.classes[y[followed[i]]])})')
         for ax, title in zip(axes, ('mean of the training images', 'three images')):
             ax.axhline(255 * trained.eps, color=GREY, lw=1, ls=':')
             ax.set(xlabel='epoch', ylabel=r'radius $\cdot$ 255', title=title, ylim=(0, None))

@@ -82,7 +82,7 @@ TABLE = Table('table1_saat', 'SAAT, Table 1.', (Part('cifar10', 'preactresnet18'
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from ..evaluation import mean_interval, paired, unpack
-from ..figures import GREY, PALETTE, curves, look, styled
+from ..figures import GREY, PALETTE, curves, look, styled, tag
 
 def radius_axis(block):
     "Name and unit of an axis of test radii."
@@ -181,6 +181,6 @@ def overfitting(results):
             if not all(results.of(block, row, 'PGD-20', which) for which in ('best', 'last')): continue
             gap, low, high = paired(*(verdicts(results, block, row, 'PGD-20', which) for which in ('best', 'last')))
             best, last = (results.paper(block, row, 'PGD-20', which) for which in ('best', 'last'))
-            frame[results.plan.named(block), row] = {'best - last': f'<b>{gap:+.1f}</b> [{low:+.1f}, {high:+.1f}]', 'paper': f'{best - last:+.2f}'}
+            frame[results.plan.named(block), row] = {'best - last': tag('b', f'{gap:+.1f}') + f' [{low:+.1f}, {high:+.1f}]', 'paper': f'{best - last:+.2f}'}
     return styled(pd.DataFrame.from_dict(frame, orient='index'), 'Robust overfitting: PGD-20 accuracy of the best minus that of the last checkpoint',
                   ['In points, with the 95% interval on the same images. Zero without a width: the last epoch is the best.'])

@@ -58,7 +58,7 @@ def calibration(results, row):
 
 # %% ../../nbs/table3_dra.ipynb #7b05fed8
 import matplotlib.pyplot as plt, torch
-from ..figures import look
+from ..figures import look, words
 
 def fig3(results, block):
     "PGD's adversary and noise, DRA's adversary and noise."
@@ -78,9 +78,9 @@ def fig3(results, block):
     with look():
         fig, axes = plt.subplots(1, 5, figsize=(12, 2.9), layout='constrained')
         def picture(ax, image, title): ax.imshow(image.cpu().permute(1, 2, 0).expand(-1, -1, 3).numpy(), vmin=0, vmax=1); ax.set_title(title)
-        picture(axes[0], x[i], f'clean: {classes[y[i]]}')
+        picture(axes[0], x[i], f'clean: {words(classes[y[i]])}')
         for (name, noise), left in zip(noises.items(), (1, 3)):
-            picture(axes[left], changed[name][i], f'{name}, seen as {classes[said[name][i]]}')
+            picture(axes[left], changed[name][i], f'{name}, seen as {words(classes[said[name][i]])}')
             shown = axes[left + 1].imshow(noise.mean(0).numpy(), cmap='RdBu_r', vmin=-most, vmax=most)
             axes[left + 1].set_title(f'noise of {name}')
             axes[left + 1].set_xlabel(f'mean |change| {255 * noise.abs().mean():.2f}/255\n{100 * (noise != 0).float().mean():.0f}% of the values')

@@ -79,7 +79,7 @@ class Kill:
 
 class Process:
     "A forked child that runs a table, or some rows of it."
-    def __init__(self, log: Path, work, kill: Kill|None = None):
+    def __init__(self, log: Path, work, kill: Kill|None = None, called: int|None = None):   # the last: the process id that it believes to have, as in a container
         self.log, self.phase, self.files = log, mmap.mmap(-1, 1), mmap.mmap(-1, 2)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -95,6 +95,7 @@ class Process:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 self._watched()
                 if kill: self._armed(kill)
+                if called: os.getpid = lambda: called
                 try:
                     work()
                     status = 0
@@ -133,9 +134,9 @@ class Process:
             put(*args)
             if kill.how == "after" and files[0] == kill.when: die()
         def synced(fd):
-            files[1] += 1
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            files[1] += not os.path.isdir(path)   # a folder is synced after its file took its place
             if kill.how == "torn" and files[1] == kill.when:
-                path = os.readlink(f"/proc/self/fd/{fd}")
                 os.truncate(path, int(kill.share * os.path.getsize(path)))
                 die()
             sync(fd)

@@ -140,9 +140,9 @@ def contents_but(outputs: Path, path: Path) -> dict:
         finally: os.rename(aside, path)
 
 
-def campaign(folder: Path, cases=CASES, seed=0, tell=lambda line: None) -> Damages:
+def campaign(folder: Path, cases=CASES, seed=0, tell=lambda line: None, bases: Bases|None = None) -> Damages:
     "Every case once, the places of flips and cuts at random."
-    rng, result, bases = random.Random(seed), Damages(), Bases(folder)
+    rng, result, bases = random.Random(seed), Damages(), bases or Bases(folder)
     for i, (state, name, fault) in enumerate(cases):
         outcome, wrong = damaged(bases, state, name, fault, folder/f"case {i}", rng)
         if wrong: result.wrong.append(f"{fault} {name} of a {state} store: {wrong}")

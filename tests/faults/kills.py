@@ -54,10 +54,10 @@ def campaign(folder, kills, seed=0, methods=METHODS, tell=lambda line: None):
     return result
 
 
-def shared(folder, processes=4, methods=METHODS):
-    "Run one table in several processes at once on an empty store: what was wrong, and what was worked on how often."
+def shared(folder, processes=4, methods=METHODS, called=None):
+    "Run one table in several processes at once on an empty store, all with the process id `called` as in containers: what was wrong, and what was worked on how often."
     logs = [folder/f"{i}.log" for i in range(processes)]
-    begun = [Process(log, table_of(folder/"outputs", *methods)) for log in logs]
+    begun = [Process(log, table_of(folder/"outputs", *methods), called=called) for log in logs]
     codes = [p.wait(600) for p in begun]
     said = "".join(log.read_text() for log in logs)
     worked = Counter(line for line in said.splitlines() if line.startswith("working: "))
@@ -66,4 +66,4 @@ def shared(folder, processes=4, methods=METHODS):
     runs, evaluations = (sum(line.startswith(f"working: {what}") for line in worked) for what in ("train", "evaluate"))
     expected = (len(methods) + 1, len(methods) * len(COLUMNS))
     if (runs, evaluations) != expected: wrong.append(f"{runs} runs and {evaluations} evaluations instead of {expected[0]} and {expected[1]}")
-    return wrong, f"{processes} processes on an empty store trained {runs} runs ({', '.join(str(n) for n in trained.values())}) and made {evaluations} evaluations, each once"
+    return wrong, f"{processes} processes{' with one process id' if called else ''} on an empty store trained {runs} runs ({', '.join(str(n) for n in trained.values())}) and made {evaluations} evaluations, each once"
