@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                      'adaptive_at.masking.check_gradient': ('masking.html#check_gradient', 'adaptive_at/masking.py'),
                                      'adaptive_at.masking.check_logits': ('masking.html#check_logits', 'adaptive_at/masking.py'),
                                      'adaptive_at.masking.check_model': ('masking.html#check_model', 'adaptive_at/masking.py'),
+                                     'adaptive_at.masking.check_module': ('masking.html#check_module', 'adaptive_at/masking.py'),
                                      'adaptive_at.masking.clean_gradients': ('masking.html#clean_gradients', 'adaptive_at/masking.py'),
                                      'adaptive_at.masking.climbs': ('masking.html#climbs', 'adaptive_at/masking.py'),
                                      'adaptive_at.masking.differs': ('masking.html#differs', 'adaptive_at/masking.py'),

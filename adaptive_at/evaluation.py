@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted
 from .core import UserError, at_least, digest, one_of
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
-from .masking import PROBED, Lead, attacked_gradients, check_model, clean_gradients, climbs, differs, share
+from .masking import PROBED, Lead, attacked_gradients, check_model, check_module, clean_gradients, climbs, differs, share
 from .networks import approve_folding, fingerprint, folded, frozen, in_mode
 from .streams import Noise, key
 
@@ -290,12 +290,11 @@ def in_float32() -> Iterator[None]:
 
 def _at_the_door(column: Column, models: list[nn.Module], info: DatasetInfo, device: torch.device) -> dict:
     "Refuse what cannot be evaluated, before anything is computed; the facts are those of the model itself."
-    facts = {}
+    attacks, facts = isinstance(column, (WhiteBox, Transfer, AutoAttack)), {}
     for m in reversed(models):   # where there is a surrogate, it is the last, and the one that is attacked
-        with in_float32():
-            if isinstance(m, nn.Module):
-                with in_mode(m, 'eval'), frozen(m): facts = check_model(m, info.shape, len(info.classes), device, m is models[-1] and isinstance(column, (WhiteBox, Transfer, AutoAttack)))
-            else: check_model(m, info.shape, len(info.classes), device, False)
+        check_module(m)
+        with in_float32(), in_mode(m, 'eval'), frozen(m):
+            facts = check_model(m, info.shape, len(info.classes), device, attacks and m is models[-1])
     return facts
 
 

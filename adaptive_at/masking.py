@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROBED', 'NOISES', 'SMALL', 'wrapped', 'first_line', 'asked', 'check_logits', 'check_gradient', 'differs',
-           'check_model', 'Lead', 'climbs', 'stuck', 'share', 'clean_gradients', 'agreement', 'noise_and_slope',
-           'goes_further', 'suspicious', 'attacked_gradients']
+           'check_module', 'check_model', 'Lead', 'climbs', 'stuck', 'share', 'clean_gradients', 'agreement',
+           'noise_and_slope', 'goes_further', 'suspicious', 'attacked_gradients']
 
 # %% ../nbs/74_masking.ipynb #ea0b27d4
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-import torch, torch.nn.functional as F
+import torch
 from torch import nn, Tensor
 from .attacks import PGD, CrossEntropy, Margin, gradient, per_example, project, restarted
 from .core import UserError
@@ -76,6 +76,12 @@ def differs(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().amax(1) > 1e-3 * a.abs().amax(1)
 
 
+def check_module(model) -> None:
+    "Refuse what is no module: a `UserError`."
+    if isinstance(model, nn.Module): return
+    raise UserError(f'The model is a {type(model).__name__}; an evaluation needs a torch.nn.Module that maps images [B,C,H,W] in [0,1] to logits [B,K].')
+
+
 @torch.no_grad()
 def check_model(
     model: nn.Module,        # in eval mode
@@ -85,7 +91,6 @@ def check_model(
     climbed: bool            # is an attack to follow its gradient?
 ) -> dict:                   # facts: the share of images whose logits change when it is asked again, or with the rest of the batch, and its outputs
     "Refuse what cannot be evaluated, a `UserError` with one sentence; facts on what can."
-    if not isinstance(model, nn.Module): raise UserError(f'The model is a {type(model).__name__}; an evaluation needs a torch.nn.Module that maps images [B,C,H,W] in [0,1] to logits [B,K].')
     x = uniform(key('door'), torch.arange(8, device=device), tuple(shape))
     logits = asked(model, x)
     check_logits(logits, len(x), classes)

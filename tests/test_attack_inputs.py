@@ -15,7 +15,7 @@ from adaptive_at.methods import Training, at
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.saat import StrengthAdaptivePGD
 from adaptive_at.training import Monitor, Run, State, train
-from helpers import digits, noise, numbers, wavy
+from helpers import digits, noise, wavy
 
 
 @dataclass(frozen=True)

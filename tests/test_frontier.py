@@ -1,7 +1,9 @@
 "The frontier: which points are on it, what they cost, and where they come from."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from adaptive_at.core import UserError
@@ -55,9 +57,14 @@ def test_it_draws_what_the_store_holds_and_trains_nothing(outputs):
     draw(frame)
     assert listing(frame, s).data.shape == (2, 4)
     assert [t.label for t in trained(session(outputs, rows="standard at")).values()] == ["Standard AT"]
-    assert not any(frame.warning) and "⚠" not in listing(frame, s).to_html()
-    doubtful = frame.assign(warning=["AA: zero gradients", ""])
-    assert "⚠ " + f"{frame.row[0]} (table1_daat): AA: zero gradients." in listing(doubtful, s).to_html() and list(listing(doubtful, s).data.index.get_level_values("row")).count(f"{frame.row[0]} ⚠") == 1
+    assert all(text.startswith(("natural: ", "AA: ")) for text in frame.warning if text)
+
+
+def test_the_listing_marks_a_doubtful_point():
+    points = pd.DataFrame([dict(row=row, table="table1_daat", natural=90., natural_low=88., natural_high=92., natural_n=100, AA=aa, AA_low=aa - 2, AA_high=aa + 2, AA_n=50, cost=10, front=True, warning=warning)
+                           for row, aa, warning in (("Natural", 60., "AA: zero gradients"), ("Standard AT", 50., ""))])
+    table = listing(points, SimpleNamespace(preset=SimpleNamespace(name="quick")))
+    assert list(table.data.index.get_level_values("row")) == ["Natural ⚠", "Standard AT"] and "⚠ Natural (table1_daat): AA: zero gradients." in table.to_html()
 
 
 def test_bad_input(outputs, tmp_path):
