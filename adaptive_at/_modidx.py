@@ -1105,6 +1105,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                       'adaptive_at.parallel.Update': ('parallel.html#update', 'adaptive_at/parallel.py'),
                                       'adaptive_at.parallel.Update.__init__': ('parallel.html#update.__init__', 'adaptive_at/parallel.py'),
                                       'adaptive_at.parallel.Update.forward': ('parallel.html#update.forward', 'adaptive_at/parallel.py'),
+                                      'adaptive_at.parallel._deaths': ('parallel.html#_deaths', 'adaptive_at/parallel.py'),
                                       'adaptive_at.parallel._die_with_parent': ( 'parallel.html#_die_with_parent',
                                                                                  'adaptive_at/parallel.py'),
                                       'adaptive_at.parallel._ended': ('parallel.html#_ended', 'adaptive_at/parallel.py'),

@@ -241,6 +241,7 @@ def on_ray(
                 done, left = ray.wait(left, timeout=0.2)
                 heard()
                 for ref in done: ray.get(ref)
+                done = []
         except KeyboardInterrupt:
             _stop(ray, list(refs.values()), heard)
             raise Stopped('stopped; run the same command again, it goes on from there') from None

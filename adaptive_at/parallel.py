@@ -20,7 +20,7 @@ from .datasets import Dataset
 from .networks import Dropout
 from .stopping import Stopped, patiently
 from .training import ALONE, Alone, Diverged, Run, State, threads, train
-from .workers import LONGEST, cores
+from .workers import LONGEST, cores, died
 
 # %% ../nbs/71_parallel.ipynb #b6c5f63f
 class Abandoned(UserError):
@@ -259,7 +259,15 @@ def launched(
             if job.poll() is None: job.kill()
             job.stdout.close()
             job.wait()
-        if code: raise UserError(_said(errors) or f'the processes that train {run.slug}-{run.id} ended (exit code {code}): {_last(errors)}; run the same command again, it goes on from the last checkpoint.')
+        if code:
+            text = _said(errors) or f'the processes that train {run.slug}-{run.id} ended (exit code {code}): {_last(errors)}; run the same command again, it goes on from the last checkpoint.'
+            raise UserError('; '.join([*_deaths(errors), text]))
+
+
+def _deaths(errors: Path) -> list[str]:
+    "What torchrun says of processes that a signal ended."
+    found = re.findall(r'rank\s+: (\d+) .*\n\s*exitcode\s+: (-\d+)', errors.read_text(errors='replace'))
+    return [died(f'process {rank}', int(code)) for rank, code in dict.fromkeys(found)]
 
 
 def _said(errors: Path) -> str:
@@ -269,4 +277,4 @@ def _said(errors: Path) -> str:
 
 def _last(errors: Path) -> str:
     "The last exception in what the job said."
-    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b|traceback : Signal \d+', line.strip())), 'no reason given')
+    return next((line.strip() for line in reversed(errors.read_text(errors='replace').splitlines()) if re.match(r'(\[rank\d+\]: )?[\w.]*(Error|Exception)\b', line)), 'no reason given')

@@ -32,7 +32,7 @@ def test_a_notebook_whose_process_dies_is_named_with_its_cell(tmp_path):
         nbformat.write(nb, tmp_path / name)
         return tmp_path / name, tmp_path / "done.ipynb"
     context = multiprocessing.get_context("forkserver")
-    with pytest.raises(SystemExit, match=r"^docs: dead.ipynb: its process was ended by SIGABRT, as a library does that found its memory damaged, in the cell that begins with 'import os'\.$"):
+    with pytest.raises(SystemExit, match=r"^docs: dead.ipynb: its process was ended by SIGABRT, since a library found its memory damaged, in the cell that begins with 'import os'\.$"):
         build.in_a_process(*book("dead.ipynb", "1 + 1", "#| export\nimport os\nos.abort()"), context)
     with pytest.raises(SystemExit, match="^docs: wrong.ipynb failed in the cell that begins with 'x = 1 / 0'"): build.in_a_process(*book("wrong.ipynb", "x = 1 / 0"), context)
     assert build.in_a_process(*book("good.ipynb", "1 + 1"), context) >= 0 and (tmp_path / "done.ipynb").exists()

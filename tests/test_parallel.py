@@ -174,7 +174,7 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_a_good_checkpoint(
             second.kill()
     text = refused(launched, run, 2, "digits", tmp_path, tmp_path, "cpu", tell)
     name = f"{run.slug}-{run.id}"
-    assert re.fullmatch(rf"(another process of this job has ended|the job was told to end, or one of its processes has ended); run the same command again, {name} goes on after epoch [1-3] of 4\.", text), text
+    assert re.fullmatch(rf"process 1: its process was ended by SIGKILL, as the system does when memory runs out; (another process of this job has ended|the job was told to end, or one of its processes has ended); run the same command again, {name} goes on after epoch [1-3] of 4\.", text), text
     assert not left_over()
     told = []
     assert Store(tmp_path/"runs").train(run, digits(), tell=told.append) and re.match("continuing after epoch [1-3] of 4", told[0])

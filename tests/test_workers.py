@@ -39,8 +39,15 @@ def test_a_job_whose_process_dies_is_named_with_what_it_said_last():
     def waits(tell): time.sleep(30)
     with pytest.raises(UserError, match=r"^training of DAAT: its process was ended by SIGKILL, as the system does when memory runs out, after it said 'epoch 3 of 20'; run the same command again, it goes on where it stopped\.$"):
         side_by_side([waits, dies], 2, lambda line: None, names=["training of AT", "training of DAAT"])
-    with pytest.raises(UserError, match=r"^a job: its process was ended with exit code 7; run"): side_by_side([lambda tell: os._exit(7)] * 2, 2)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"): side_by_side([lambda tell: 1 / 0] * 2, 2)   # a fault in the code keeps its traceback
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 7; run"): side_by_side([lambda tell: os._exit(7)] * 2, 2)
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 0; run"): side_by_side([lambda tell: os._exit(0)] * 2, 2)   # no end of a job
+    with pytest.raises(RuntimeError, match="(?s)^training of AT failed\n.*ZeroDivisionError"): side_by_side([lambda tell: 1 / 0] * 2, 2, names=["training of AT"] * 2)   # a fault in the code keeps its traceback
+
+
+def test_what_a_job_says_may_be_any_text():
+    said = []
+    side_by_side([lambda tell: tell("odd \udcff name")] * 2, 2, said.append)
+    assert said == ["odd \\udcff name"] * 2
 
 
 def test_the_jobs_of_a_table_have_names(tmp_path):
