@@ -141,7 +141,7 @@ class Html:
 
 def to_html(value: Any) -> str:
     "A value as HTML: the one place where text becomes it."
-    return value.text if isinstance(value, Html) else html.escape(str(value))
+    return value.text if isinstance(value, Html) else html.escape(str(value), quote=False)   # quotes matter in attributes alone; see `tag`
 
 
 def tag(name: str, content: Any, **attributes: str) -> Html:

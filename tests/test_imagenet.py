@@ -346,7 +346,7 @@ def test_measuring_reads_no_more_images_than_it_needs(root, read, monkeypatch):
     workers(0, monkeypatch)
     data = ds.load("imagenet", root)
     trained(spec(data, training=Training(epochs=1, batch=4)), data)
-    assert len(read) == 13 + 5 + 5   # an epoch, and five images of each part
+    assert len(read) == 2 + 13 + 5 + 5   # two to compare the folded network with, an epoch, and five images of each part
 
 
 @pytest.mark.parametrize("column", [Clean(), WhiteBox(PGD(EPS/4, 2), EPS), AutoAttack(EPS, batch_size=2), AutoAttack(EPS, limit=3)], ids=["clean", "white-box", "autoattack", "three images"])
