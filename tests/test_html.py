@@ -24,7 +24,7 @@ TAG = "<script>alert('x')</script>"
 def is_text(shown):
     "The tag is there, and is no tag."
     page = shown.to_html()
-    assert "<script" not in page and "&lt;script&gt;alert('x')" in page, page
+    assert "<script" not in page and re.search("&lt;script&gt;alert\\(('|&#x27;)x", page), page   # quotes are escaped in attributes alone
     return page
 
 
