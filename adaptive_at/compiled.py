@@ -58,6 +58,11 @@ def _agree(found: list[Tensor], wanted: list[Tensor], lowered: bool) -> None:
     if not F.cosine_similarity(slope, theirs, dim=0) > 0.9: raise ArithmeticError('its gradients are not the network\'s')
 
 
+def _unsafe(model: nn.Module) -> bool:
+    "Has it layers that must not meet channels_last on a CPU?"
+    return memory_format(model) is not torch.channels_last or any(isinstance(m, ThinConv2d) for m in model.modules())
+
+
 @contextmanager
 def compiled(
     model: nn.Module,
@@ -70,7 +75,7 @@ def compiled(
     kind = next(model.parameters()).device
     x = uniform(key('compiled'), torch.arange(shape[0], device=kind), tuple(shape[1:]))
     try:
-        if kind.type == 'cpu' and (memory_format(model) is not torch.channels_last or any(isinstance(m, ThinConv2d) for m in model.modules())): raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
+        if kind.type == 'cpu' and _unsafe(model): raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
         if any(isinstance(m, Dropout) and m.p for m in model.modules()): raise NotImplementedError('dropout that counts its calls')   # PyTorch 2.15 crashes on a CPU
         with torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
             imaged = _graph(model, x, mode, False, lowered) if mode else None
