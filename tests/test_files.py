@@ -224,15 +224,19 @@ def test_what_is_not_there_is_not_unreadable(tmp_path):
 # A store that may be read and not written
 
 def as_nobody(work):
-    "What a function returns in a process without root's rights."
+    "What a function returns in a process without root's rights. Skips where that process could not even read the code: the folder of a root's own checkout or environment."
+    closed = "closed to others than root"
     def dropped():
         if os.geteuid() == 0:
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
+        if not all(os.access(p, os.R_OK) for p in (__file__, core.__file__, pytest.__file__)): return closed
         sys.stdout = sys.stderr = open(os.devnull, "w")
         return work()
-    return forked(dropped)()
+    said = forked(dropped)()
+    if said == closed: pytest.skip("the checkout or the environment may be read by root alone")
+    return said
 
 
 @pytest.fixture
@@ -258,7 +262,8 @@ def test_a_read_only_store_can_be_viewed(read_only):
         assert as_nobody(lambda: main(["runs", *arguments, "--outputs", str(read_only)])) == "0", arguments
 
 
-def test_a_table_is_shown_from_a_read_only_store(read_only):
+def test_a_table_is_shown_from_a_read_only_store(read_only, trained):
+    tables.run(TABLE, **SMALL, outputs=str(trained)).table().to_html()   # what is imported late is imported by now
     def shown():
         results = tables.run(TABLE, **SMALL, outputs=str(read_only))
         assert "Natural" in results.table().to_html()
