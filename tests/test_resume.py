@@ -19,8 +19,6 @@ from adaptive_at.plans import Row
 from adaptive_at.tables import run
 from helpers import contents
 
-pytestmark = pytest.mark.trains
-
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = dict(preset="quick", device="cpu", epochs=6, train_examples=384, test_examples=20, eps=0.25, rho=0.005, figures="none")  # so small a rho that the radii move at once
 WHOLE = dict(SIZE, rows="DAAT,MART", columns="clean,PGD-20,AA,AT")  # and Standard AT, as a surrogate
