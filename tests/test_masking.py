@@ -12,8 +12,9 @@ from adaptive_at.dra import DRA
 from adaptive_at.doubts import doubts, of_facts
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation
 from adaptive_at.inventory import _accuracy
+from adaptive_at.masking import attacked_gradients
 from adaptive_at.plain import scored
-from helpers import digits, short_autoattack
+from helpers import digits, numbers, short_autoattack
 from zoo import EPS, LATER_MASKED, LATER_SOUND, MASKED, SOUND, Backward, before, natural, robust
 
 COLUMNS = {"natural": Clean(), "FGSM": WhiteBox(FGSM(), EPS), "PGD-20": WhiteBox(PGD(EPS / 10, 20), EPS), "C&W-20": WhiteBox(PGD(EPS / 10, 20, Margin()), EPS), "DeepFool": WhiteBox(DeepFool(20), EPS)}
@@ -150,3 +151,18 @@ def test_the_default_dtype_moves_no_verdict(column):
 def test_the_store_s_listing_says_it_too():
     masked = {"accuracy": 99., "n": 100, "standing": "1" * 99 + "0", "zero_gradients": 1.}
     assert _accuracy(masked) == "99.0% of 100; zero gradients at 100% of the images: the attack cannot climb" and _accuracy(masked | {"zero_gradients": 0.}) == "99.0% of 100"
+
+
+class Wave(nn.Module):
+    "A margin that rises and falls within the radius: one step of full length goes past the top, as it does on adversarially trained networks."
+    def forward(self, x):
+        m = 1 - 0.5 * torch.sin(2 * torch.pi * x.mean((1, 2, 3)) / EPS)
+        return torch.stack([m, torch.zeros_like(m)], 1)
+
+
+@pytest.mark.parametrize("attack", [FGSM(), PGD(EPS / 4, 4)], ids=["FGSM", "PGD-4"])
+def test_a_step_that_goes_past_the_top_is_no_masking(attack):
+    "Random noise gets nearer to the boundary than a few long steps do; of an attack with many steps it would say something."
+    x, y = 0.2 + 0.6 * numbers(64, 1, 8, 8), torch.zeros(64, dtype=torch.long)
+    facts = attacked_gradients(Wave(), x, y, attack(Wave(), x, y, EPS), torch.ones(64, dtype=torch.bool), attack, EPS)
+    assert not of_facts(facts | {"accuracy": 100., "n": 64}), facts
