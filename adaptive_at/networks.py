@@ -604,7 +604,8 @@ def _compare(model: nn.Module, x: Tensor) -> bool:
             if {id(v) for v in _parts(own)} & {id(v) for v in _parts(model)}: return False   # to change the copy would change the network
             own = own.to(place, torch.float64).eval()
             _draw_weights(own, draws)
-            x = 0.1 + 0.7 * x.to(place, torch.float64) + 0.1 * torch.rand(x.shape, generator=draws, dtype=torch.float64).to(place)   # no two pixels are equal, none at the end of the range
+            noise = torch.rand(x.shape, generator=draws, dtype=torch.float64).to(place)
+            x = 0.1 + 0.7 * x.to(place, torch.float64) + 0.1 * noise   # no two pixels are equal, none is at an end of the range
             clean = _slope(own, x)
             attacked = x + 8/255 * clean[1].sign()
             return _same_at(own, x, clean) and _same_at(own, attacked, _slope(own, attacked))

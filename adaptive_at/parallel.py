@@ -260,7 +260,8 @@ def launched(
             job.stdout.close()
             job.wait()
         if code:
-            text = _said(errors) or f'the processes that train {run.slug}-{run.id} ended (exit code {code}): {_last(errors)}; run the same command again, it goes on from the last checkpoint.'
+            ended = f'the processes that train {run.slug}-{run.id} ended (exit code {code}): {_last(errors)}'
+            text = _said(errors) or f'{ended}; run the same command again, it goes on from the last checkpoint.'
             raise UserError('; '.join([*_deaths(errors), text]))
 
 

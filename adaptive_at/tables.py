@@ -414,7 +414,8 @@ def _jobs(plan: Plan, wait: bool) -> list[Job]:
                 for run in runs:
                     if bool(run.start) == later and run.id not in training and not plan.store.finished(run) and not plan.diverged(run):
                         n, seconds = _processes(plan, run), plan.cost(run, block.info).run(run, block.info, len(plan.store.history(run)))
-                        training[run.id] = Job(partial(_train, plan, block, row, run, wait), (run,), run.network.threads, _of(training, run.start), n, seconds / n, f'training of {_seeded(row, run)}')
+                        name, work = f'training of {_seeded(row, run)}', partial(_train, plan, block, row, run, wait)
+                        training[run.id] = Job(work, (run,), run.network.threads, _of(training, run.start), n, seconds / n, name)
         evaluating = [job for row in block.cells for seed in range(len(block.runs[row])) for job in _evaluations(plan, block, row, seed, training, wait)]
         if training or evaluating: datasets.load(block.info.name, plan.parameters.data_root)  # fetched once, and there in all processes that are forked
         jobs += [*training.values(), *evaluating]
