@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/adaptive_at', 'doc_host': 
                                       'adaptive_at.compiled._answers': ('compiled.html#_answers', 'adaptive_at/compiled.py'),
                                       'adaptive_at.compiled._eager': ('compiled.html#_eager', 'adaptive_at/compiled.py'),
                                       'adaptive_at.compiled._graph': ('compiled.html#_graph', 'adaptive_at/compiled.py'),
+                                      'adaptive_at.compiled._own_cache': ('compiled.html#_own_cache', 'adaptive_at/compiled.py'),
                                       'adaptive_at.compiled._unsafe': ('compiled.html#_unsafe', 'adaptive_at/compiled.py'),
                                       'adaptive_at.compiled.compiled': ('compiled.html#compiled', 'adaptive_at/compiled.py'),
                                       'adaptive_at.compiled.execution_path': ('compiled.html#execution_path', 'adaptive_at/compiled.py'),

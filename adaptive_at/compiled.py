@@ -63,6 +63,11 @@ def _unsafe(model: nn.Module) -> bool:
     return memory_format(model) is not torch.channels_last or any(isinstance(m, ThinConv2d) for m in model.modules())
 
 
+def _own_cache():
+    "The compiler's cache does not tell processors apart: code written for AVX-512 and found under AVX2, or the reverse, computes wrong numbers and writes past its memory."
+    return torch.compiler.config.patch(cache_key_tag=f'{torch.compiler.config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}')
+
+
 @contextmanager
 def compiled(
     model: nn.Module,
@@ -77,7 +82,7 @@ def compiled(
     try:
         if kind.type == 'cpu' and _unsafe(model): raise NotImplementedError('layers that are not safe in channels_last, which compiled graphs use on a CPU')
         if any(isinstance(m, Dropout) and m.p for m in model.modules()): raise NotImplementedError('dropout that counts its calls')   # PyTorch 2.15 crashes on a CPU
-        with torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
+        with _own_cache(), torch.autocast(kind.type, torch.bfloat16, enabled=lowered):
             imaged = _graph(model, x, mode, False, lowered) if mode else None
             learnt = _graph(model, x, 'train', True, lowered)
     except Exception as e:   # a compiler that is missing, an operator that it does not know, ...: dozens of types

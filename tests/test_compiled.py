@@ -1,4 +1,5 @@
 "The compiled path: the numbers of the plain one, full batches alone, and never worse than the plain one where it fails. Graphs are run operator by operator here; one test takes the real compiler."
+import os
 import shutil
 import subprocess
 import sys
@@ -217,9 +218,9 @@ def test_a_changed_path_is_recorded_and_told(tmp_path, monkeypatch, plain_graphs
 
 # --- the compiler itself ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_code_gives_the_plain_numbers_twice():
-    code = """
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+AGREE = """
 import copy, torch
 from adaptive_at.attacks import CrossEntropy, gradient
 from adaptive_at.compiled import compiled
@@ -245,4 +246,16 @@ for _ in range(2):
 assert all(torch.equal(a, b) for a, b in zip(*found))
 for a, b in zip(found[0], plain): assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3), (a, b)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_compiler
+def test_compiled_code_gives_the_plain_numbers_twice():
+    subprocess.run([sys.executable, "-c", AGREE], check=True)
+
+
+@needs_compiler
+def test_a_cache_that_another_processor_filled_is_not_used(tmp_path):
+    "As on machines that share a folder. Where the processor has no AVX-512 both runs are the same."
+    own = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"} | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for environment in (own | {"ATEN_CPU_CAPABILITY": "avx2"}, own): subprocess.run([sys.executable, "-c", AGREE], check=True, env=environment)
+
