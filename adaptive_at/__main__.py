@@ -9,7 +9,9 @@ __all__ = ['Parser', 'parser', 'main', 'train', 'specified', 'act', 'verify', 'p
 import argparse, shlex, sys
 from collections.abc import Sequence
 from pathlib import Path
-from .core import UserError, nearly, project_root, revived, user_path
+from .base.errors import UserError, nearly
+from .base.files import project_root, user_path
+from .base.identity import from_spec
 
 # %% ../nbs/95_cli.ipynb #50619536
 class Parser(argparse.ArgumentParser):
@@ -102,8 +104,8 @@ def specified(
     try: path = path or picked(everything(outputs), spec).folder/'spec.json'
     except UserError as e: raise UserError(f'there is no spec.json at {str(place)!r}, and {e}') from None
     told = read_sealed(path).get('run')
-    if not isinstance(told, dict) or told.get('piece') != 'adaptive_at.training.Run': raise UserError(f'{path} is not the spec of a run.')
-    return revived(told, allow)
+    if not isinstance(told, dict) or told.get('piece') != 'Run': raise UserError(f'{path} is not the spec of a run.')
+    return from_spec(told, allow)
 
 
 def act(told: argparse.Namespace, outputs: Path) -> int:

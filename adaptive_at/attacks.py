@@ -18,7 +18,10 @@ from numbers import Real
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones, Ramp, UserError, at_least, one_of, values_of
+from .base.identity import piece
+from .base.schedules import Milestones, Ramp
+from .base.errors import UserError
+from .base.checks import at_least, one_of, values_of
 from .networks import MODES, folded, in_mode
 from .streams import Noise, joined, key
 
@@ -51,6 +54,7 @@ def project(
     return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
 
 # %% ../nbs/30_attacks.ipynb #cb71ef70
+@piece('CrossEntropy')
 @dataclass(frozen=True)
 class CrossEntropy:
     "Cross-entropy with class labels [B] or label distributions [B,K]."
@@ -58,6 +62,7 @@ class CrossEntropy:
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor: return F.cross_entropy(logits, target, reduction='none')
 
 
+@piece('KL')
 @dataclass(frozen=True)
 class KL:
     "KL(clean prediction || prediction), the attack of TRADES (Zhang et al., 2019, eq. 5; yaodongyu/TRADES, trades.py)."
@@ -66,6 +71,7 @@ class KL:
     def __call__(self, logits, target): return F.kl_div(logits.log_softmax(1), target, reduction='none').sum(1)
 
 
+@piece('Margin')
 @dataclass(frozen=True)
 class Margin:
     "C&W's margin, -max(z_y - max_other + kappa, 0) (Carlini and Wagner, 2017; kappa 50 as in zjfheart/Friendly-Adversarial-Training, which never saturates)."
@@ -77,12 +83,14 @@ class Margin:
         return -(own - other + self.kappa).clamp(min=0)
 
 # %% ../nbs/30_attacks.ipynb #51da39b2
+@piece('UniformStart')
 @dataclass(frozen=True)
 class UniformStart:
     "x + U(-eps, eps)."
     def __call__(self, x: Tensor, eps: Tensor, noise: Noise) -> Tensor: return project(x + eps * noise.of('start').uniform(x), x, eps)
 
 
+@piece('NormalStart')
 @dataclass(frozen=True)
 class NormalStart:
     "x + sigma N(0,1)."
@@ -90,6 +98,7 @@ class NormalStart:
     def __call__(self, x, eps, noise): return project(x + self.sigma * noise.of('start').normal(x), x, eps)
 
 
+@piece('CleanStart')
 @dataclass(frozen=True)
 class CleanStart:
     "x itself."
@@ -164,6 +173,7 @@ def gradient(model: nn.Module, x: Tensor, loss, target: Tensor) -> tuple[Tensor,
     return grad, logits.detach()
 
 
+@piece('PGD')
 @dataclass(frozen=True)
 class PGD:
     "Projected gradient descent (Madry et al., 2018; DAAT eq. 4)."
@@ -231,6 +241,7 @@ def FGSM(start=CleanStart()) -> PGD:
     return PGD(alpha=None, steps=1, start=start)
 
 # %% ../nbs/30_attacks.ipynb #e1e3fe71
+@piece('FriendlyPGD')
 @dataclass(frozen=True)
 class FriendlyPGD(PGD):
     "PGD that stops `tau` steps after the first misclassification (Zhang et al., 2020)."
@@ -267,6 +278,7 @@ class FriendlyPGD(PGD):
         return project(x_adv + (eps if self.alpha is None else self.alpha) * grad.sign() + jitter, x, eps)
 
 # %% ../nbs/30_attacks.ipynb #68b6a57e
+@piece('NoAttack')
 @dataclass(frozen=True)
 class NoAttack:
     "The images as they are."

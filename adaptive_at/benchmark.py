@@ -25,7 +25,9 @@ from . import datasets, peers
 from .attacks import CleanStart, PGD, per_example
 from .cat import cat
 from .compiled import compiled
-from .core import UserError, in_epoch, project_root, replacing, slug
+from .base.errors import UserError
+from .base.schedules import in_epoch
+from .base.files import project_root, replacing, slug
 from .datasets import Batch, Dataset
 from .evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
 from .figures import GREY, PALETTE, Html, look, styled, tag, tidy

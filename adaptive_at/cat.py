@@ -13,8 +13,11 @@ from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
+from .base.identity import piece
 from .attacks import CleanStart, PGD, checked
-from .core import Milestones, UserError, at_least, nearly, one_of
+from .base.schedules import Milestones
+from .base.errors import UserError, nearly
+from .base.checks import at_least, one_of
 from .methods import Method, Training, unit
 from .objectives import AdversarialCE
 from .radius import Bank, Fixed, RadiusRule
@@ -25,6 +28,7 @@ from .streams import Noise, key
 OUTCOMES = 'reset', 'minus_eta', 'v0', 'v2'
 
 
+@piece('CAT')
 @dataclass(frozen=True)
 class CAT(RadiusRule):
     "Grow by eta as long as the attack fails (CAT section 3.1 and Alg. 1)."
@@ -112,6 +116,7 @@ def smoothed_ce(logits: Tensor, label: Label) -> Tensor:
     return -(label.soft(logits) * logits.log_softmax(1)).sum(1)
 
 
+@piece('SmoothedCrossEntropy')
 @dataclass(frozen=True)
 class SmoothedCrossEntropy:
     "What CAT's attack climbs without the mixed loss: cross-entropy with customised labels."
@@ -119,6 +124,7 @@ class SmoothedCrossEntropy:
     def __call__(self, logits: Tensor, label: Label) -> Tensor: return smoothed_ce(logits, label)
 
 
+@piece('MixedLoss')
 @dataclass(frozen=True)
 class MixedLoss(SmoothedCrossEntropy):
     "What it climbs with the mixed loss: also min(m, kappa) (CAT eq. 6; attacker/pgd.py)."
@@ -126,6 +132,7 @@ class MixedLoss(SmoothedCrossEntropy):
     def __call__(self, logits, label): return smoothed_ce(logits, label) + label.hinged(margin(logits, label.y).clamp(max=self.kappa))
 
 # %% ../nbs/63_cat.ipynb #9b8f1c81
+@piece('SmoothedCE')
 @dataclass(frozen=True)
 class SmoothedCE(AdversarialCE):
     "Mean cross-entropy of the adversaries with customised labels (CAT eq. 5); `target` is the attack's label, the update draws its own."
@@ -148,6 +155,7 @@ class SmoothedCE(AdversarialCE):
         return smoothed_ce(logits, label)
 
 
+@piece('MixedCE')
 @dataclass(frozen=True)
 class MixedCE(SmoothedCE):
     "With the mixed loss: also max(m, -kappa) (CAT eq. 6)."
@@ -158,6 +166,7 @@ class MixedCE(SmoothedCE):
     def each(self, logits, label): return smoothed_ce(logits, label) + label.hinged(margin(logits, label.y).clamp(min=-self.kappa))
 
 
+@piece('MixedCEv0')
 @dataclass(frozen=True)
 class MixedCEv0(MixedCE):
     "The first version's: the Dirichlet part is divided by K, and an example just reset is trained on its clean image."
@@ -169,6 +178,7 @@ class MixedCEv0(MixedCE):
         return super().losses(batch, torch.where(reset, batch.x, x_adv), target, eps)
 
 # %% ../nbs/63_cat.ipynb #6b46d38f
+@piece('CATAttack')
 @dataclass(frozen=True)
 class CATAttack(PGD):
     "PGD in a ball that is eta larger than the radius it is given (CAT Alg. 1: the label comes before the growth)."

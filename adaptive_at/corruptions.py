@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
-from .core import Unreadable, UserError, cannot_read, locked, nearly, replacing, unhashed, user_path
+from .base.errors import Unreadable, UserError, nearly
+from .base.files import cannot_read, locked, replacing, user_path
+from .base.identity import piece, unhashed
 from .datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
 from .streams import key
@@ -67,6 +69,7 @@ def corrupt(
     return torch.from_numpy((2 * total + count) // (2 * count)).to(torch.uint8).permute(0, 3, 1, 2)   # rounded
 
 # %% ../nbs/77_corruptions.ipynb #8a640373
+@piece('ComputedCorruptions')
 @dataclass(frozen=True)
 class Computed:
     "Images corrupted here by imagecorruptions-imaug."
@@ -109,6 +112,7 @@ class Computed:
         return user_path(self.folder)/f"{'x'.join(map(str, x.shape))}-{told[:12]}"
 
 
+@piece('OfficialCorruptions')
 @dataclass(frozen=True)
 class Official:
     "CIFAR-10-C or CIFAR-100-C (Hendrycks and Dietterich, 2019): one file per corruption, the whole test set at severity 1, then at 2, to 5."
@@ -192,6 +196,7 @@ def samples(
     return fig
 
 # %% ../nbs/77_corruptions.ipynb #a36f308a
+@piece('Corruption')
 @dataclass(frozen=True)
 class Corruption(Column):
     "Accuracy under common corruptions, the mean over them and over five severities (Hendrycks and Dietterich, 2019)."
@@ -248,6 +253,7 @@ class Corruption(Column):
 ALEXNET = dict(zip(STANDARD, (88.6428, 89.4468, 92.2640, 81.9880, 82.6268, 78.5948, 79.8360, 86.6816, 82.6572, 81.9324, 56.4592, 85.3204, 64.6056, 71.7840, 60.6500)))  # mean error in percent over the 5 severities
 
 
+@piece('MeanCorruptionError')
 @dataclass(frozen=True)
 class MeanCorruptionError(Corruption):
     "Mean corruption error over the 15 standard corruptions, in percent; lower is better."

@@ -25,7 +25,10 @@ import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from . import streams
-from .core import UserError, locked, nearly, one_of, project_root, user_path
+from .base.identity import piece
+from .base.errors import UserError, nearly
+from .base.files import locked, project_root, user_path
+from .base.checks import one_of
 from .workers import cores
 
 # %% ../nbs/10_datasets.ipynb #bba20fb2
@@ -44,10 +47,10 @@ class Split:
         return Split(self.x.part(index) if isinstance(self.x, ImageFiles) else self.x[index], self.y[index])
 
 # %% ../nbs/10_datasets.ipynb #5dada5a2
+@piece('Augment')
 @dataclass(frozen=True)
 class Augment:
     "Random crop from the padded image, then a random flip: a piece of a run's spec."
-    version: ClassVar[int] = 1
     crop: int = 0        # padding of the crop in pixels; 0: no crop
     pad: str = 'zeros'   # or 'reflect'
     flip: bool = False   # mirror left and right, with probability 1/2
@@ -185,10 +188,10 @@ class ImageFiles:
             return torch.stack(list(pool.map(one, names, draws)))
 
 # %% ../nbs/10_datasets.ipynb #0f3068b1
+@piece('ResizedCrop')
 @dataclass(frozen=True)
 class ResizedCrop:
     "Random part of the image, scaled to a square, then a random flip: a piece of a run's spec, for images in files."
-    version: ClassVar[int] = 1
     area: tuple[float, float] = (0.08, 1.)    # smallest and largest share of the image's area
     ratio: tuple[float, float] = (3/4, 4/3)   # smallest and largest width over height
     tries: ClassVar[int] = 10

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from torch import nn, Tensor
+from .base.identity import piece
 from .attacks import checked, per_example, project
-from .core import UserError, one_of
+from .base.errors import UserError
+from .base.checks import one_of
 from .networks import MODES, in_mode
 from .streams import Noise
 
@@ -32,6 +34,7 @@ def rivals(
     return behind.detach(), torch.stack(grads)
 
 
+@piece('DeepFool')
 @dataclass(frozen=True)
 class DeepFool:
     "DeepFool, l_inf (Moosavi-Dezfooli et al., 2016; defaults and details as foolbox's LinfDeepFoolAttack)."

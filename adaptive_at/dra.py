@@ -17,7 +17,10 @@ from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .attacks import CrossEntropy, KL, NormalStart, PGD, checked, gradient, per_example
-from .core import Milestones, Ramp, UserError, at_least, one_of, unhashed
+from .base.schedules import Milestones, Ramp
+from .base.errors import UserError
+from .base.checks import at_least, one_of
+from .base.identity import piece, unhashed
 from .methods import Method, Training, at, trades, unit
 from .networks import MODES, Classifier, Network, approve_folding, fingerprint, in_mode
 from .objectives import AdversarialCE
@@ -25,6 +28,7 @@ from .radius import Bank, Fixed, RadiusRule
 from .streams import Noise, key
 
 # %% ../nbs/64_dra.ipynb #fbb5bfb6
+@piece('Source')
 @dataclass(frozen=True)
 class Source:
     "Fixed weights to make adversaries on: those of a finished run."
@@ -63,6 +67,7 @@ def significant(
     return torch.zeros_like(flat, dtype=torch.bool).scatter(1, top, True).view_as(grad)
 
 
+@piece('DRA')
 @dataclass(frozen=True)
 class DRA:
     "Dynamically regulated adversary (Hou et al., 2022, Alg. 1)."
@@ -171,6 +176,7 @@ def success(
     return 100 * float((right & ~standing).sum()) / max(n, 1), n
 
 # %% ../nbs/64_dra.ipynb #b735608e
+@piece('Scheduled')
 @dataclass(frozen=True)
 class Scheduled(RadiusRule):
     "The same radius for every example, moving with the epochs."
@@ -185,6 +191,7 @@ class Scheduled(RadiusRule):
         return bank.eps[batch.index]
 
 # %% ../nbs/64_dra.ipynb #3e4ac5c9
+@piece('Replay')
 @dataclass(frozen=True)
 class Replay(AdversarialCE):
     "One step on clean images, one on adversaries (DRA section IV.A)."
@@ -197,6 +204,7 @@ class Replay(AdversarialCE):
         if self.adversarial: yield lambda model: F.cross_entropy(model(x_adv), target)
 
 
+@piece('HalfAndHalf')
 @dataclass(frozen=True)
 class HalfAndHalf(AdversarialCE):
     "One step on the mean of both losses."

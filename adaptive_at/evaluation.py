@@ -18,7 +18,9 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted
-from .core import UserError, at_least, digest, one_of
+from .base.errors import UserError
+from .base.checks import at_least, one_of
+from .base.identity import piece, spec_hash
 from .datasets import Dataset, DatasetInfo, ImageFiles, balanced, to_unit
 from .masking import PROBED, Lead, attacked_gradients, check_model, check_module, clean_gradients, climbs, differs, share
 from .networks import approve_folding, fingerprint, folded, frozen, in_mode
@@ -37,6 +39,7 @@ class Images:
         return torch.arange(len(self.y), device=self.y.device).split(size)
 
 
+@piece('Column')
 @dataclass(frozen=True)
 class Column:
     "Base of all columns."
@@ -79,12 +82,14 @@ class Column:
         return torch.cat(found)
 
 
+@piece('Clean')
 @dataclass(frozen=True)
 class Clean(Column):
     "Natural accuracy."
     def batch(self, model, x, y, noise, source): return model(x).argmax(1) == y
 
 
+@piece('WhiteBox')
 @dataclass(frozen=True)
 class WhiteBox(Column):
     "Accuracy under an attack on the model itself."
@@ -110,6 +115,7 @@ class WhiteBox(Column):
         return x_adv, standing
 
 
+@piece('Transfer')
 @dataclass(frozen=True)
 class Transfer(Column):
     "Accuracy on adversaries made for another model (the last iterate on every example, in each restart)."
@@ -156,11 +162,11 @@ def verified(
         raise UserError(f'{name} returned images up to {far:.4g} from their own, in the range {low:.4g} to {high:.4g}, where eps is {eps:.4g} and the range 0 to 1; such adversaries are not counted, and the attack has to be mended.')
 
 # %% ../nbs/75_evaluation.ipynb #07d73998
+@piece('AutoAttack', version=2)
 @dataclass(frozen=True)
 class AutoAttack(Column):
     "AutoAttack, standard version, l_inf (Croce and Hein, 2020; pyautoattack)."
-    version: ClassVar[int] = 2  # 2: the attacks see batch norms folded into convolutions
-
+    # version 2: the attacks see batch norms folded into convolutions
     eps: float
     limit: int = 0        # the first examples only; 0: all
     batch_size: int = 200
@@ -226,6 +232,7 @@ def scores(result: dict) -> Tensor:
     return torch.tensor(result['scores']).double() if 'scores' in result else unpack(result['standing']).double()
 
 # %% ../nbs/75_evaluation.ipynb #e7e7561a
+@piece('Evaluation')
 @dataclass(frozen=True)
 class Evaluation:
     "All that determines an evaluation's verdicts."
@@ -241,7 +248,7 @@ class Evaluation:
     def __post_init__(self): at_least(self, examples=0, seed=-2**63, batch=1)
 
     @property
-    def id(self) -> str: return digest(self)
+    def id(self) -> str: return spec_hash(self)
 
 
 def evaluation(column: Column, data_content: str, weights: str, source: str = '', examples: int = 0, seed: int = 0) -> Evaluation:

@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from . import datasets
-from .core import Unreadable, UserError, digest, locked, replacing, revived, slug, write_text
+from .base.errors import Unreadable, UserError
+from .base.identity import from_spec, spec_hash
+from .base.files import locked, replacing, slug, write_text
 from .inventory import FOLDER, damages, evaluation_files, spec_of, stored
 from .networks import Network
 from .runs import consistent, fingerprint_of, read, read_arrays, sealed, write_arrays
@@ -87,7 +89,7 @@ def contradiction(
 ) -> str:
     "What in an export cannot be true; empty where all agrees."
     facts, spec, name = e.facts, e.facts['run'], FOLDER.fullmatch(e.folder)
-    if digest(spec) != name[2]: return 'its spec is not that of the run it is named after'
+    if spec_hash(spec) != name[2]: return 'its spec is not that of the run it is named after'
     pieces = [spec['method'][k]['piece'].rpartition('.')[2] for k in ('radius', 'attack', 'objective')]
     begins, ends = f'{slug(spec["dataset"])}-', '-' + slug(' '.join([*pieces, f's{spec["seed"]}']))
     if not (name[1].startswith(begins) and name[1].endswith(ends)): return 'its name is not that of its spec'
@@ -140,7 +142,7 @@ def _official(spec: dict) -> datasets.DatasetInfo|None:
 def _expected(spec: dict) -> dict[str, Tensor]:
     "Weights, without values, of a network of this package on known data; nothing for all others."
     info = _official(spec)
-    try: network = revived(spec['network'])
+    try: network = from_spec(spec['network'])
     except UserError: return {}
     if not info or not isinstance(network, Network): return {}
     with torch.device('meta'): return network.build(len(info.classes), info.shape[0]).state_dict()
@@ -150,7 +152,7 @@ def _wrong_evaluation(e: Exported, file: str) -> str:
     "What is wrong with one of an export's evaluations."
     told, result = e.evaluations[file]['evaluation'], e.evaluations[file]['result']
     column = told['column']
-    if file != f'{column["piece"].rpartition(".")[2].lower()}-{digest(told)}.json':
+    if file != f'{column["piece"].rpartition(".")[2].lower()}-{spec_hash(told)}.json':
         return f'{file!r} is not the name of its evaluation'
     if told['weights'] not in e.facts['weights'].values(): return f'{file} is of other weights'
     limits = [n for n in (told['examples'], column.get('limit')) if isinstance(n, int) and n]
@@ -167,7 +169,7 @@ def take_in(
     folder, weights, epochs = root/e.folder, e.facts['weights'], e.facts['run']['training']['epochs']
     with locked(folder/'lock'):
         if (folder/'spec.json').exists() and 'weights' in spec_of(folder): raise UserError(f'{folder.name} is in the store already; nothing was imported.')
-        run, best = digest(e.facts['run']), e.facts.get('best', {}).get('epoch', epochs)
+        run, best = spec_hash(e.facts['run']), e.facts.get('best', {}).get('epoch', epochs)
         sealed(folder/'last.pt', {'model': e.part('last'), 'epoch': epochs}, Seal(run, 'weights', epochs))
         sealed(folder/'best.pt', {'model': e.part('best'), 'epoch': best}, Seal(run, 'weights', best))
         write_arrays(folder/'radius.npz', {k: v.numpy() for k, v in e.part('bank').items()}, Seal(run, 'radius', epochs))

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
-from .core import write_text
+from .base.files import write_text
 
 # %% ../nbs/85_figures.ipynb #2708a10d
 PALETTE = sns.color_palette('colorblind')

@@ -14,7 +14,8 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
-from .core import UserError, nearly, replacing
+from .base.errors import UserError, nearly
+from .base.files import replacing
 from .doubts import of_facts
 from .evaluation import AutoAttack, Clean, Column, evaluation, wilson
 from .figures import MARKERS, PALETTE, look, number, styled, tidy

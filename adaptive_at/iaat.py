@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from .base.identity import piece
 from .attacks import PGD, checked, project
-from .core import Milestones, Ramp, at_least, one_of
+from .base.schedules import Milestones, Ramp
+from .base.checks import at_least, one_of
 from .datasets import Batch
 from .methods import Method, Training, unit
 from .networks import in_mode
@@ -22,6 +24,7 @@ from .radius import Bank, Fixed, RadiusRule
 from .streams import Noise, bits, key, uniform
 
 # %% ../nbs/62_iaat.ipynb #9954a54c
+@piece('CrossingPGD')
 @dataclass(frozen=True)
 class CrossingPGD(PGD):
     "PGD whose step grows with the radius, alpha_i = max(alpha, crossings 2 eps_i / steps) (released IAAT, trainer_adaptive.py: attack_lr)."
@@ -56,6 +59,7 @@ class Towards:
     def __call__(self, logits, target): return -self.loss(logits, other_class(target[:, 0].long(), target[:, 1], logits.shape[1]))
 
 
+@piece('RandomTargetPGD')
 @dataclass(frozen=True)
 class RandomTargetPGD(CrossingPGD):
     "PGD that descends its loss towards a random wrong class (Xie et al., 2019; IAAT section 4.2)."
@@ -71,6 +75,7 @@ class RandomTargetPGD(CrossingPGD):
         return CrossingPGD.__call__(aimed, model, x, y, eps, noise)
 
 # %% ../nbs/62_iaat.ipynb #d4b4f2a8
+@piece('PerRun')
 @dataclass(frozen=True)
 class PerRun(Milestones):
     "A weight per epoch of which `values` are the sums over a whole run, so that a shorter run moves as far; at most 1."
@@ -82,6 +87,7 @@ class PerRun(Milestones):
         return min(1., super().value(epoch, epochs) / epochs)
 
 
+@piece('IAAT', version=2)
 @dataclass(frozen=True)
 class IAAT(RadiusRule):
     "Instance adaptive radii (Balaji et al., 2019, Algs. 1 and 2); `eps` is the warm-up's."
@@ -91,8 +97,7 @@ class IAAT(RadiusRule):
     warm: float|Ramp = 0.                # 1 while the warm-up lasts, then 0
     least: float = 0.                    # smallest radius that trains, after the warm-up
     misclassified: str = 'released'      # or 'printed': trained on the clean image, memory as everyone's
-    version: ClassVar[int] = 2           # 2: a warm-up lasts an epoch at least
-
+    # version 2: a warm-up lasts an epoch at least
     def __post_init__(self):
         one_of(self, misclassified=('released', 'printed'))
         at_least(self, gamma=0., beta=0., least=0.)
@@ -142,6 +147,7 @@ def mixing(
     return lam, torch.empty_like(places).scatter(0, places, drawn)
 
 
+@piece('MixupCE')
 @dataclass(frozen=True)
 class MixupCE(AdversarialCE):
     "Half the mixup cross-entropy of clean images and half that of adversaries (Lamb et al., 2019)."
@@ -200,6 +206,7 @@ def mixup_at(
     return Method(Fixed(eps), PGD(unit(2/255, eps, at=EIGHT), steps, mode=mode), MixupCE())
 
 # %% ../nbs/62_iaat.ipynb #8b240b45
+@piece('HalfRandomTargetPGD')
 @dataclass(frozen=True)
 class HalfRandomTargetPGD(RandomTargetPGD):
     "The same with the network in half precision; images, steps and projections stay in single."

@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import torch
-from .core import Busy, Unreadable, UserError, cannot_read, describe, digest, locked
+from .base.errors import Busy, Unreadable, UserError
+from .base.files import cannot_read, locked
+from .base.identity import spec_hash, to_spec
 from .doubts import of_facts
 from .networks import NETWORKS
 from .parameters import COMMON, TABLES, Parameters, about
@@ -65,7 +67,7 @@ class Stored:
     def network(self) -> str:
         "As in the tables."
         told = self.spec.get('network', {})
-        same = (n.label for n in NETWORKS.values() if describe(n) == told | {'mean': [], 'std': []})
+        same = (n.label for n in NETWORKS.values() if to_spec(n) == told | {'mean': [], 'std': []})
         return next(same, _name(told) if told else '?')
 
     @property
@@ -104,7 +106,7 @@ def spec_of(folder: Path) -> dict:
     try: facts = read_sealed(path)
     except FileNotFoundError as e: raise UserError(f'{path} is missing; the table that the run belongs to writes it anew.') from e
     try:
-        right = plausible(facts) and digest(facts['run']) == FOLDER.fullmatch(folder.name)[2]
+        right = plausible(facts) and spec_hash(facts['run']) == FOLDER.fullmatch(folder.name)[2]
         if right: summary(Stored(folder, facts, []))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError): right = False
     if not right:
@@ -193,14 +195,14 @@ def inventory(
     "Every run of the store, and who needs it."
     runs = {s.id: s for s in everything(outputs)}
     plans, lists = planned(outputs, data_root, tell=tell), written(outputs, tell)
-    first = {i: digest(first_seed(s.spec)) if s.spec else i for i, s in runs.items()}
+    first = {i: spec_hash(first_seed(s.spec)) if s.spec else i for i, s in runs.items()}
     tables = {i: plans.get(first[i], []) + lists.get(i, []) for i in runs}
     weights = {w: i for i, s in runs.items() for w in s.facts.get('weights', {}).values()}
     needs, hidden = {}, {}
     for i, s in runs.items():
         sources, hidden[i] = _sources(s)
         needs[i] = {weights[source] for source in sources if source in weights}
-        if s.spec.get('start'): needs[i].add(digest(s.spec['start']))
+        if s.spec.get('start'): needs[i].add(spec_hash(s.spec['start']))
     for _ in runs:  # a chain is no longer than the store
         before = sum(map(len, tables.values()))
         for i in runs:
@@ -313,7 +315,7 @@ def _checkpoint_damages(s: Stored, path: Path, holds: tuple[str, ...]) -> list[s
 
 
 def _is_evaluation(path: Path, stored: dict) -> bool:
-    try: return path.stem.endswith(f'-{digest(stored.get("evaluation"))}') and consistent(stored.get('result'))
+    try: return path.stem.endswith(f'-{spec_hash(stored.get("evaluation"))}') and consistent(stored.get('result'))
     except (TypeError, ValueError, RecursionError): return False
 
 

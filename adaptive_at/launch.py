@@ -16,7 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import torch
-from .core import CARRIED, UserError, carried, describe, digest, make_folder, write_text
+from .base.identity import CARRIED, carried, spec_hash, to_spec
+from .base.errors import UserError
+from .base.files import make_folder, write_text
 from .stopping import Stopped
 from .workers import LONGEST, Tell, cores, side_by_side
 
@@ -197,7 +199,7 @@ def _look(token: Path, word: str) -> str:
 class Sent:
     "A job on its way to another process."
     job: bytes                          # pickled; what this notebook or script defines is in it as code, what its modules define only by name
-    digest: str                         # of what it is about
+    spec_hash: str                         # of what it is about
     sources: dict[str, dict[str, str]]  # of what this notebook or script defines
     paths: tuple[str, ...]              # where modules are found here
 
@@ -219,7 +221,7 @@ def on_ray(
 ) -> None:
     "Run all jobs as tasks of a Ray cluster; the first that fails ends the others."
     if not jobs: return
-    sources, paths = carried(describe([job.specs for job in jobs])), tuple(map(os.path.abspath, sys.path))
+    sources, paths = carried(to_spec([job.specs for job in jobs])), tuple(map(os.path.abspath, sys.path))
     with joined(address) as ray:
         from ray.util.queue import Queue
         taken = {job: resources(job.threads, device, job.processes) for job in jobs}
@@ -234,7 +236,7 @@ def on_ray(
                 for line in lines.get_nowait_batch(lines.qsize()): tell(line)
         try:
             for job in in_order(jobs):
-                sent = Sent(ray.cloudpickle.dumps(replace(job, after=())), digest(job.specs), sources, paths)
+                sent = Sent(ray.cloudpickle.dumps(replace(job, after=())), spec_hash(job.specs), sources, paths)
                 refs[job] = task.options(**taken[job], max_retries=RETRIES).remote(sent, int(taken[job]['num_cpus']), device, folder, lines, *(refs[a] for a in job.after))
             left = list(refs.values())
             while left:
@@ -268,7 +270,7 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
         if not folder.is_dir(): raise UserError(unseen(folder, machine, 'it is not there'))   # a machine that came later
         if device == 'cuda' and not torch.cuda.is_available(): raise UserError(f'the PyTorch of the machine {machine} of the Ray cluster ({torch.__version__}) does not see the GPU that Ray gives it; install a build that matches its driver (pytorch.org, "Get Started").')
         job = sent.opened(machine)
-        if digest(job.specs) != sent.digest: raise UserError(f'the machine {machine} of the Ray cluster has another version of adaptive_at, or of code of yours, than this one; install the same there.')
+        if spec_hash(job.specs) != sent.digest: raise UserError(f'the machine {machine} of the Ray cluster has another version of adaptive_at, or of code of yours, than this one; install the same there.')
         torch.set_num_threads(threads)
         job.work(tell)
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled

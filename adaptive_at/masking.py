@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .attacks import PGD, CrossEntropy, Margin, gradient, per_example, project, restarted
-from .core import UserError
+from .base.errors import UserError
 from .deepfool import DeepFool
 from .streams import Noise, key, uniform
 

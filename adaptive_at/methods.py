@@ -12,8 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 from torch import nn, Tensor
+from .base.identity import piece
 from .attacks import FriendlyPGD, KL, NoAttack, NormalStart, PGD, on_scale
-from .core import Milestones, UserError, at_least, one_of
+from .base.schedules import Milestones
+from .base.errors import UserError
+from .base.checks import at_least, one_of
 from .objectives import AdversarialCE, MART, TRADES
 from .radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule
 
@@ -27,6 +30,7 @@ class WeightPerturbation(Protocol):
     ) -> AbstractContextManager: ...
 
 
+@piece('Method')
 @dataclass(frozen=True)
 class Method:
     "radius rule x inner attack x objective [x weight perturbation]."
@@ -102,6 +106,7 @@ def daat(
     return rule(eps, rho, tau, **changes)
 
 # %% ../nbs/60_methods.ipynb #689fb045
+@piece('OneCycle')
 @dataclass(frozen=True)
 class OneCycle:
     "Linear warm-up to the peak, then linear to zero (Smith and Topin, 2018; the short schedule of fast adversarial training)."
@@ -113,6 +118,7 @@ class OneCycle:
         return t / self.warmup if t < self.warmup else (1 - t) / (1 - self.warmup)
 
 
+@piece('Training')
 @dataclass(frozen=True)
 class Training:
     "Length, batch, optimiser and schedule of a run."

@@ -23,7 +23,9 @@ import copy, hashlib, random, weakref
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn, Tensor
 from . import streams
-from .core import UserError, at_least, nearly
+from .base.identity import piece
+from .base.errors import UserError, nearly
+from .base.checks import at_least
 
 # %% ../nbs/20_networks.ipynb #5d1e9b40
 def is_thin(layer: nn.Module) -> bool:
@@ -90,6 +92,7 @@ class Classifier(nn.Module):
         return self.classifier(self.features(x))
 
 # %% ../nbs/20_networks.ipynb #134b211b
+@piece('Network')
 @dataclass(frozen=True)
 class Network:
     "Description of a network; subclasses say how to build it."
@@ -215,6 +218,7 @@ def pooled() -> list[nn.Module]:
 WIDTHS, STRIDES = (64, 128, 256, 512), (1, 2, 2, 2)
 
 
+@piece('ResNet18')
 @dataclass(frozen=True)
 class ResNet18(Network):
     "CIFAR ResNet-18: 3x3 stem, no max-pooling (He et al., 2016; kuangliu/pytorch-cifar's layout, used by TRADES, MART and FAT)."
@@ -223,21 +227,25 @@ class ResNet18(Network):
     def parts(self, channels): return nn.Sequential(*self.stem(channels), *stages(64, WIDTHS, STRIDES, self.depths, self.block), *pooled()), 512 * self.block.expansion
 
 
+@piece('ResNet34')
 class ResNet34(ResNet18):
     "CIFAR ResNet-34."
     label, depths = 'ResNet-34', (3, 4, 6, 3)
 
 
+@piece('ResNet50')
 class ResNet50(ResNet18):
     "CIFAR ResNet-50."
     label, block, depths = 'ResNet-50', Bottleneck, (3, 4, 6, 3)
 
 
+@piece('ResNet101')
 class ResNet101(ResNet50):
     "CIFAR ResNet-101."
     label, depths = 'ResNet-101', (3, 4, 23, 3)
 
 
+@piece('ResNet152')
 class ResNet152(ResNet50):
     "CIFAR ResNet-152."
     label, depths = 'ResNet-152', (3, 8, 36, 3)
@@ -249,11 +257,15 @@ class ImageNetStem:
     def initialise(self, net): he_normal(net)
 
 
+@piece('ImageNetResNet50')
 class ImageNetResNet50(ImageNetStem, ResNet50): "ResNet-50 for ImageNet."
+@piece('ImageNetResNet101')
 class ImageNetResNet101(ImageNetStem, ResNet101): "ResNet-101 for ImageNet."
+@piece('ImageNetResNet152')
 class ImageNetResNet152(ImageNetStem, ResNet152): "ResNet-152 for ImageNet."
 
 
+@piece('NarrowResNet')
 @dataclass(frozen=True)
 class NarrowResNet(Network):
     "A narrow residual network for images of 8 to 32 pixels, seconds per epoch on one core."
@@ -306,6 +318,7 @@ def preact_body(
     return nn.Sequential(conv(channels, first), *stages(first, widths, strides, depths, block), nn.BatchNorm2d(widths[-1], affine=block.affine), nn.ReLU(), *end)
 
 
+@piece('PreActResNet18')
 @dataclass(frozen=True)
 class PreActResNet18(Network):
     "Pre-activation ResNet-18 with a final batch norm and ReLU (locuslab/robust_overfitting, used by AWP and SAAT)."
@@ -313,6 +326,7 @@ class PreActResNet18(Network):
     def parts(self, channels): return preact_body(channels, 64, WIDTHS, STRIDES, (2, 2, 2, 2), PreActBlock, pooled()), 512
 
 
+@piece('WideResNet')
 @dataclass(frozen=True)
 class WideResNet(Network):
     "Wide residual network (Zagoruyko and Komodakis, 2016) as in TRADES, MART, FAT, Rice et al. and AWP."
@@ -363,6 +377,7 @@ class ScoreMap(nn.Module):
     def forward(self, features: Tensor) -> Tensor: return self.bn(self.conv(features.unflatten(1, (self.channels, -1)))).mean(2)
 
 
+@piece('IAATWideResNet')
 @dataclass(frozen=True)
 class IAATWideResNet(WideResNet):
     "IAAT's WideResNet-32-10: McDonnell (2018), laid out and initialised as in szagoruyko/binary-wide-resnet at full precision."
@@ -407,6 +422,7 @@ def convolutions(
     return layers
 
 
+@piece('VGG16')
 @dataclass(frozen=True)
 class VGG16(Network):
     "VGG-16 with batch norm for CIFAR (Simonyan and Zisserman, 2015, configuration D; kuangliu/pytorch-cifar's classifier)."
@@ -416,6 +432,7 @@ class VGG16(Network):
         return nn.Sequential(*convolutions(channels, plan, norm=True), *pooled()), 512
 
 
+@piece('MNISTCNN')
 @dataclass(frozen=True)
 class MNISTCNN(Network):
     "Two 5x5 convolutions with max-pooling and two fully connected layers (MadryLab/mnist_challenge); images of 28 pixels."
@@ -441,6 +458,7 @@ class MNISTCNN(Network):
 TRADES_NET = dict(filters=(10, 20), hidden=50, padding=0, dropout=0.5)
 
 
+@piece('SmallCNN')
 @dataclass(frozen=True)
 class SmallCNN(Network):
     "Four 3x3 convolutions and three fully connected layers, TRADES' MNIST network (yaodongyu/TRADES, small_cnn.py); images of 28 pixels."

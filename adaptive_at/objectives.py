@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from .base.identity import piece
 from .datasets import Batch
 
 Loss = Callable[[nn.Module], Tensor]  # model to a scalar
 
 # %% ../nbs/50_objectives.ipynb #564755a2
+@piece('AdversarialCE')
 @dataclass(frozen=True)
 class AdversarialCE:
     "Mean cross-entropy of the adversaries."
@@ -30,6 +32,7 @@ class AdversarialCE:
         yield lambda model: F.cross_entropy(model(x_adv), target)
 
 # %% ../nbs/50_objectives.ipynb #e03f0042
+@piece('TRADES')
 @dataclass(frozen=True)
 class TRADES(AdversarialCE):
     "CE on clean images plus beta times KL(clean || adversarial), both batch means."
@@ -45,6 +48,7 @@ class TRADES(AdversarialCE):
         yield loss
 
 # %% ../nbs/50_objectives.ipynb #431159be
+@piece('MART')
 @dataclass(frozen=True)
 class MART(AdversarialCE):
     "Boosted cross-entropy on adversaries plus beta times a KL term weighted by how wrong the clean prediction is."

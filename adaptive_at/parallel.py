@@ -15,7 +15,9 @@ from typing import Any
 import torch, torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
-from .core import UserError, describe, foreign_modules, revived, write_json
+from .base.errors import UserError
+from .base.identity import foreign_modules, from_spec, to_spec
+from .base.files import write_json
 from .datasets import Dataset
 from .networks import Dropout
 from .stopping import Stopped, patiently
@@ -127,7 +129,7 @@ class Together(Alone):
         if why := undivided(run): raise UserError(f'{run.slug}-{run.id} cannot be trained by several processes: {why}')
         saved = io.BytesIO()
         torch.save(state.state_dict(), saved)
-        self._told({'run': describe(run), 'state': saved.getvalue(), 'threads': threads})
+        self._told({'run': to_spec(run), 'state': saved.getvalue(), 'threads': threads})
 
     def dismiss(self): self._told(None)
 
@@ -137,7 +139,7 @@ class Together(Alone):
             def save(state: State) -> None:
                 if self.agreed(asked()): raise Stopped('stopped')
             while told := self._told():
-                run = revived(told['run'], foreign_modules(told['run']))   # the first process has made it already
+                run = from_spec(told['run'], foreign_modules(told['run']))   # the first process has made it already
                 state = State(run, data, self.device)
                 state.load_state_dict(torch.load(io.BytesIO(told['state']), map_location='cpu', weights_only=True))
                 with suppress(Diverged), threads(told['threads']): train(run, data, state, save, lambda line: None, asked, self)
@@ -164,8 +166,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def undivided(run: Run) -> str:
     "Why a run cannot be trained by several processes; empty where it can."
     if getattr(run.method.objective, 'whole_batch', False): return f'the loss of {type(run.method.objective).__name__} needs all images of a batch at once; train it with one process.'
-    told = describe(run)
-    try: revived(told, foreign_modules(told))
+    told = to_spec(run)
+    try: from_spec(told, foreign_modules(told))
     except UserError as e: return str(e)
     return ''
 
@@ -241,7 +243,7 @@ def launched(
     environment = os.environ | {'PYTHONPATH': os.pathsep.join([root, *filter(None, [os.environ.get('PYTHONPATH')])]), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS') or str(max(1, cores() // processes))}
     with tempfile.TemporaryDirectory() as folder:
         spec, errors = Path(folder)/'spec.json', Path(folder)/'errors'
-        told = describe(run)
+        told = to_spec(run)
         write_json(spec, {'run': told})
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), '-m', 'adaptive_at', 'train', str(spec),
                    '--outputs', str(outputs), '--data-root', str(data_root), '--device', device, '--dataset', dataset,

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import numpy as np
-from .core import UserError, as_python, nearly, project_root, user_path
+from .base.errors import UserError, nearly
+from .base.identity import as_python
+from .base.files import project_root, user_path
 
 # %% ../nbs/02_parameters.ipynb #ae1895f4
 @dataclass(frozen=True)

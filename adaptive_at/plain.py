@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd, torch
 from safetensors import safe_open
 from torch import Tensor
-from .core import Unreadable, UserError, user_path
+from .base.errors import Unreadable, UserError
+from .base.files import user_path
 from .datasets import Dataset, DatasetInfo
 from .doubts import doubts
 from .evaluation import Column, evaluate, evaluation, interval

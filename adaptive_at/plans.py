@@ -17,7 +17,7 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from . import datasets, networks
 from .attacks import PGD
-from .core import UserError
+from .base.errors import UserError
 from .datasets import Augment, DatasetInfo
 from .evaluation import AutoAttack, Column, Evaluation, Transfer, WhiteBox, evaluation
 from .figures import styled

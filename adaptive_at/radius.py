@@ -10,7 +10,9 @@ __all__ = ['FLOOR', 'Bank', 'Setting', 'RadiusRule', 'Fixed', 'overstep', 'scale
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .core import Milestones, at_least, one_of
+from .base.identity import piece
+from .base.schedules import Milestones
+from .base.checks import at_least, one_of
 from .datasets import Batch
 from .networks import Classifier, in_mode
 
@@ -60,6 +62,7 @@ class Setting:
     device: str = 'cpu'
 
 
+@piece('RadiusRule')
 @dataclass(frozen=True)
 class RadiusRule:
     "Base of all rules, and the simplest of them: every example keeps `eps`."
@@ -86,6 +89,7 @@ class RadiusRule:
         "Move the bank, with the new weights: `bank.write(batch.index, eps=...)` takes any precision."
 
 
+@piece('Fixed')
 class Fixed(RadiusRule):
     "The same radius for every example, always (standard adversarial training)."
     adaptive = False
@@ -137,6 +141,7 @@ class CalibratedBank(Bank):
         self.optimiser.load_state_dict(state['optimiser'])
 
 
+@piece('Calibrated')
 @dataclass(frozen=True)
 class Calibrated(RadiusRule):
     "Rules that move a radius by what a calibration head says of the adversary (DAAT, Alg. 1)."
@@ -179,6 +184,7 @@ class Calibrated(RadiusRule):
         bank.write(batch.index, eps=self.moved(bank.eps[batch.index], s))
 
 # %% ../nbs/40_radius.ipynb #a3e186d3
+@piece('DAAT')
 @dataclass(frozen=True)
 class DAAT(Calibrated):
     "The default, multiplicative rule (DAAT eq. 12)."
@@ -196,12 +202,14 @@ class DAAT(Calibrated):
         return ((self.rho / s.clamp(min=1e-8)).clamp(max=2) * eps.clamp(min=self.eps / 32)).clamp(max=cap)
 
 
+@piece('LinearDAAT')
 @dataclass(frozen=True)
 class LinearDAAT(Calibrated):
     "Linear rule without memory, min(eps, (1 - s + rho) eps) (DAAT eq. 16)."
     def moved(self, eps, s): return ((1 - s + self.rho) * self.eps).clamp(max=self.eps)
 
 
+@piece('PiecewiseDAAT')
 @dataclass(frozen=True)
 class PiecewiseDAAT(Calibrated):
     "The level of {0, 1/4, 1/2, 3/4, 1} eps nearest to the linear rule's value (DAAT section 6.4; edges not printed)."

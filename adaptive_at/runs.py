@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np, torch
 from torch import nn
 from .compiled import execution_path
-from .core import Unreadable, UserError, describe, locked, read_bytes, replacing, user_path, write_text
+from .base.errors import Unreadable, UserError
+from .base.identity import to_spec
+from .base.files import locked, read_bytes, replacing, user_path, write_text
 from .datasets import Dataset
 from .evaluation import Evaluation, evaluate, scores
 from .networks import Classifier, fingerprint
@@ -187,7 +189,7 @@ class Store:
         path = self.folder(run)/'spec.json'
         try: facts = read_sealed(path)
         except FileNotFoundError: return {}
-        if facts.get('run') != describe(run): raise UserError(f'{path} is of another run; delete it and run the same command again.')
+        if facts.get('run') != to_spec(run): raise UserError(f'{path} is of another run; delete it and run the same command again.')
         if not plausible(facts): raise UserError(f'{path} holds what no run of this package writes; delete it and run the same command again.')
         return facts
 
@@ -227,7 +229,7 @@ class Store:
             elif team.size > 1: way = 'eager'   # graphs are of whole batches
             else: way = held.enter_context(execution_path(run, state.model, len(state.subset), data.info.shape, tell))
             now = versions() | {'device': hardware(device), 'threads': n, 'path': way} | team.facts(state.model)
-            facts = {'run': describe(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
+            facts = {'run': to_spec(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_sealed(folder/'spec.json', facts)
             if not new:
                 tell(f'continuing after {_reached(run, state)}')
@@ -348,7 +350,7 @@ class Store:
         path = self._path(run, e)
         try: stored = read_sealed(path)
         except FileNotFoundError: return None
-        if stored.get('evaluation') != describe(e) or not consistent(stored.get('result')):
+        if stored.get('evaluation') != to_spec(e) or not consistent(stored.get('result')):
             raise UserError(f'{path} is of another evaluation, or its numbers contradict each other; delete it and run the same command again, it is made anew.')
         clear_away([path.with_suffix('.part.json')])  # of a process that was killed just before it removed it
         return stored['result']
@@ -374,7 +376,7 @@ class Store:
                     if self.facts(run).get('weights', {}).get(which) != e.weights: raise UserError(f'{self.folder(run).name}: {which}.pt holds other weights than {e.weights}, which the evaluation is of; run the same command again to evaluate those that are there.')
                     part = path.with_suffix('.part.json')
                     result = evaluate(e, model, data, source, self._progress(part, e, tell), lambda progress: write_sealed(part, {'of': e.id, 'progress': progress}))
-                    write_sealed(path, {'evaluation': describe(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
+                    write_sealed(path, {'evaluation': to_spec(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
                                         'made with': versions() | {'device': hardware(device), 'threads': n}})
         return self.verdicts(run, e)
 

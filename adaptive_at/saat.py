@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 import torch, torch.nn.functional as F
 from torch import Tensor
+from .base.identity import piece
 from .attacks import CleanStart, KL, NormalStart, PGD, checked, gradient, per_example
-from .core import Milestones, at_least, one_of
+from .base.schedules import Milestones
+from .base.checks import at_least, one_of
 from .datasets import Augment
 from .methods import Method, Training, WeightPerturbation, unit
 from .networks import MODES, folded, in_mode
@@ -31,12 +33,12 @@ def radii(
     return tuple(float(min(first + (k + 1) * tau, last)) for k in range(math.ceil((last - first) / tau - 1e-9)))
 
 # %% ../nbs/61_saat.ipynb #f08c72a2
+@piece('StrengthAdaptivePGD', version=2)
 @dataclass(frozen=True)
 class StrengthAdaptivePGD(PGD):
     "PGD within `full`, then K steps in each stage for the examples whose cross-entropy is under rho (SA-PGD, SAAT Alg. 1; released `sa_pgd`)."
     takes: ClassVar[str] = 'classes'
-    version: ClassVar[int] = 2        # 2: the gradient's own logits are looked at, and no stage is begun when all have rho
-
+    # version 2: the gradient's own logits are looked at, and no stage is begun when all have rho
     rho: float|Milestones = 1.5       # least loss; an example that has it is left alone
     full: float = 0.                  # radius of the PGD that comes first, on the [0,1] scale
     stages: tuple[float, ...] = ()    # radius of each stage, likewise

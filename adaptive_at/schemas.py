@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from .runs import parsed
 
 # %% ../nbs/92_schemas.ipynb #0ce55d0c
-Name = Annotated[str, Meta(pattern=r'^\S+\.\w+$', max_length=300)]                 # of a piece, with its module
+Name = Annotated[str, Meta(pattern=r'^(\S+\.)?\w+$', max_length=300)]             # as a piece declares it, or with its module where it is from outside
 Version = int|str|float
 Fingerprint = Annotated[str, Meta(pattern='^[0-9a-f]{16}$')]                        # of weights
 Checksum = Annotated[str, Meta(pattern='^[0-9a-f]{64}$')]
@@ -47,7 +47,7 @@ class MonitorSpec(Piece):
 
 
 class RunSpec(Struct):
-    piece: Literal['adaptive_at.training.Run']
+    piece: Literal['Run']
     version: Version
     dataset: Annotated[str, Meta(min_length=1, max_length=100)]
     content: str
@@ -119,7 +119,7 @@ class Epoch(Struct):
 
 # %% ../nbs/92_schemas.ipynb #c89ee580
 class EvaluationSpec(Struct):
-    piece: Literal['adaptive_at.evaluation.Evaluation']
+    piece: Literal['Evaluation']
     version: Version
     column: Piece
     content: str
@@ -175,7 +175,7 @@ def check_plain(value: Any, where: str = '$', depth: int = 0) -> None:
     if isinstance(value, dict):
         for key, part in value.items():
             check_plain(key, f'{where} (a key)')
-            if key != 'source' or not isinstance(part, dict): check_plain(part, f'{where}.{key}', depth + 1)
+            if key not in ('source', 'attached') or not isinstance(part, dict): check_plain(part, f'{where}.{key}', depth + 1)
 
 
 def wrong_form(

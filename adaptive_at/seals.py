@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 import torch
-from .core import Unreadable, UserError, cannot_read, read_json, write_json
+from .base.errors import Unreadable, UserError
+from .base.files import cannot_read, read_json, write_json
 
 FORMAT = 1  # raised when a file is written that an older version of this package would misread
 END = b'PK\x05\x06'  # the last record of a zip archive: 22 bytes, of which the last two are the length of the comment that follows

@@ -10,7 +10,7 @@ import hashlib, math
 from collections.abc import Sequence
 import torch
 from torch import Tensor
-from .core import as_python
+from .base.identity import as_python
 
 # %% ../nbs/05_streams.ipynb #68687047
 _GAMMA, _MIX1, _MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's, as signed integers

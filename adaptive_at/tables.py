@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from . import datasets
-from .core import Busy, UserError, digest, locked, replacing, slug, write_text
+from .base.errors import Busy, UserError
+from .base.identity import spec_hash
+from .base.files import locked, replacing, slug, write_text
 from .doubts import doubts
 from .evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from .figures import Html, lines_of, number, styled, tag, tidy
@@ -394,7 +396,7 @@ def _note(plan: Plan) -> None:
     `runs prune` keeps them, and sees where the file was cut."""
     ids = dict.fromkeys(run.id for b in plan.blocks for runs in b.runs.values() for run in runs)
     lines = ['run,of', *(f'{i},{len(ids)}' for i in ids), '']
-    write_text(plan.folder/f'runs-{digest(plan.parameters.command())}.csv', '\n'.join(lines))
+    write_text(plan.folder/f'runs-{spec_hash(plan.parameters.command())}.csv', '\n'.join(lines))
 
 
 def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:

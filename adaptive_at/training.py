@@ -15,7 +15,11 @@ from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted
-from .core import UserError, at_least, digest, in_epoch, one_of, slug
+from .base.errors import UserError
+from .base.checks import at_least, one_of
+from .base.identity import piece, spec_hash
+from .base.schedules import in_epoch
+from .base.files import slug
 from .datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, cut, to_unit
 from .methods import Method, Training
 from .networks import Classifier, Network, approve_folding, fewest_images, in_mode
@@ -23,6 +27,7 @@ from .radius import Bank, Setting
 from .streams import Noise, key, permutation
 
 # %% ../nbs/70_training.ipynb #8d9bbd7b
+@piece('Monitor')
 @dataclass(frozen=True)
 class Monitor:
     "What is measured while a run trains, and what its `best` checkpoint is selected on."
@@ -38,11 +43,10 @@ class Monitor:
         at_least(self, examples=0, every=1)
 
 
+@piece('Run')   # its version is raised when the training step or the random streams change
 @dataclass(frozen=True)
 class Run:
     "All that determines a run's weights."
-    version: ClassVar[int] = 1  # raised when the training step or the random streams change
-
     dataset: str            # its kind: 'digits', 'cifar10', ..., 'imagefolder'; `content` says which one
     content: str            # the dataset's content hash
     network: Network
@@ -57,7 +61,7 @@ class Run:
     def __post_init__(self): at_least(self, seed=-2**63, train_examples=0)
 
     @property
-    def id(self) -> str: return digest(self)
+    def id(self) -> str: return spec_hash(self)
 
     @property
     def slug(self) -> str:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from .core import Milestones
+from .base.identity import piece
+from .base.schedules import Milestones
 
 # %% ../nbs/45_weights.ipynb #5d1873dc
 TINY = 1e-20  # csdongxian/AWP, utils_awp.py: keeps a layer without a gradient where it is
@@ -38,6 +39,7 @@ def add(model: nn.Module, v: dict[str, Tensor], sign: int) -> None:
     torch.clear_autocast_cache()
 
 
+@piece('AWP')
 @dataclass(frozen=True)
 class AWP:
     "Adversarial weight perturbation (Wu et al., 2020; csdongxian/AWP, utils_awp.py)."

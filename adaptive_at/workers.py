@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
 import torch
-from .core import UserError
+from .base.errors import UserError
 from .stopping import Stopped
 
 Tell = Callable[[str], None]

@@ -17,7 +17,7 @@ import torch
 
 from adaptive_at.attacks import PGD
 from adaptive_at.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
-from adaptive_at.core import describe
+from adaptive_at.base.identity import to_spec
 from adaptive_at.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
 from adaptive_at.iaat import iaat, mixup_at, imagenet_iaat
 from adaptive_at.methods import Training, at, daat, fat, mart, natural, trades
@@ -69,7 +69,7 @@ def measured(name):
             state.bank.head.double().register_forward_hook(lambda module, args, out: out.float())
             with torch.no_grad(): state.bank.head.weight.mul_(SURE)
         train(run, data, state, tell=lambda line: None)
-    return {"versions": dict(sorted(versions(describe(run)).items())), "losses": [entry["loss"] for entry in state.history]}
+    return {"versions": dict(sorted(versions(to_spec(run)).items())), "losses": [entry["loss"] for entry in state.history]}
 
 
 def stored(): return json.loads(PATH.read_text()) if PATH.exists() else {}

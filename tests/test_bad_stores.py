@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from adaptive_at import inventory as inv
-from adaptive_at.core import UserError, digest
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.evaluation import Transfer, evaluation
 from adaptive_at.attacks import PGD
 from adaptive_at.runs import Store
@@ -31,7 +32,7 @@ def spec_with(**changes):
         facts = read_sealed(folder/"spec.json")
         run = {k: v for k, v in (facts["run"] | changes).items() if v is not KeyError}
         write_sealed(folder/"spec.json", facts | {"run": run})
-        folder.rename(folder.with_name(f"{folder.name.rpartition('-')[0]}-{digest(run)}"))
+        folder.rename(folder.with_name(f"{folder.name.rpartition('-')[0]}-{spec_hash(run)}"))
     return spoil
 
 
@@ -251,8 +252,8 @@ def test_a_broken_dataset_folder_hides_no_run_from_the_plans(outputs, capsys, tm
 
 
 def test_plans_keep_a_run_of_any_seed_without_planning_them_all(tmp_path):
-    from adaptive_at.core import describe
+    from adaptive_at.base.identity import to_spec
     one, seeds = inv.planned(tmp_path, Path("data"), 1), inv.planned(tmp_path, Path("data"), 3)
     from test_tables import planned
     run = next(iter(planned("table2_saat", tmp_path, seeds=3).blocks[0].runs.values()))[2]
-    assert run.id in seeds and run.id not in one and one[digest(inv.first_seed(describe(run)))] == seeds[run.id]
+    assert run.id in seeds and run.id not in one and one[spec_hash(inv.first_seed(to_spec(run)))] == seeds[run.id]

@@ -11,7 +11,7 @@ import torch
 from adaptive_at import benchmark, peers
 from adaptive_at.attacks import PGD, UniformStart, per_example, restarted
 from adaptive_at.benchmark import PARAMETERS, PARTS, Lap, Line, alternating, begin, draw, frame, listing, ratio, slope, timed, write
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import AutoAttack, Images
 from adaptive_at.networks import NarrowResNet, frozen
 from adaptive_at.peers import at_loop, careful, pgd_loop, trades_careful, trades_loop, trades_wasteful, wasteful

@@ -370,9 +370,9 @@ def test_the_attack_stays_in_its_ball_and_in_range(seed, eps, eta, cap):
 
 
 def test_every_variant_can_be_hashed_and_each_is_another():
-    from adaptive_at.core import digest
+    from adaptive_at.base.identity import spec_hash
     variants = [cat(CAP), cat(CAP, capped="after"), cat(CAP, label="after"), cat(CAP, hinge="eps"), cat(CAP, mixed=False), cat(CAP, outcome="minus_eta"), cat_v0(CAP), cat_v2(CAP), adv_ls(CAP), adp_adv(CAP)]
-    assert len({digest(m) for m in variants}) == len(variants)
+    assert len({spec_hash(m) for m in variants}) == len(variants)
     for m in variants: trained(m, steps=1)
 
 

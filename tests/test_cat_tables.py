@@ -12,7 +12,8 @@ import torch
 
 from adaptive_at.attacks import CrossEntropy, Margin, PGD, UniformStart
 from adaptive_at.cat import CAT_VGG16, CAT_WRN34, MixedCE, SmoothedCE, adp_adv, adv_ls, cat, cat_v0, cat_v2
-from adaptive_at.core import UserError, digest
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.datasets import CROP_FLIP
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, scores
@@ -119,7 +120,7 @@ def test_the_variants_are_seven_methods():
     block = planned("table6_cat", figures="all").blocks[0]
     need = table6_cat.TABLE.figures["variants"]
     methods = {row: block.runs[row][0].method for row in need.rows}
-    assert len({digest(m) for m in methods.values()}) == 7
+    assert len({spec_hash(m) for m in methods.values()}) == 7
     assert [methods[f"CAT, {o}"].radius.outcome for o in ("minus_eta", "v0", "v2")] == ["minus_eta", "v0", "v2"]
     for outcome in ("minus_eta", "v0", "v2"): assert replace(methods[f"CAT, {outcome}"].radius, outcome="reset") == methods["CAT"].radius
     assert type(methods["CAT, cross-entropy"].objective) is SmoothedCE

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from adaptive_at import inventory as inv
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, Transfer, evaluation
 from adaptive_at.exports import opened
 from adaptive_at.methods import Training, at, daat

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.utils._contextlib
 
-from adaptive_at.core import SourceUnknown, normalised, sources
+from adaptive_at.base.identity import SourceUnknown, normalised, sources
 
 CELL = """
 class Rule:

@@ -15,7 +15,8 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 
 from adaptive_at import corruptions, datasets as ds, streams
-from adaptive_at.core import UserError, digest
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.corruptions import (ALEXNET, COMMON, OFFICIAL, STANDARD, Computed, Corruption, MeanCorruptionError, Official, corrupt, samples, source)
 from adaptive_at.evaluation import Images, evaluation
 from helpers import digits, numbers, robust_digits
@@ -142,7 +143,7 @@ def test_without_the_package_there_is_one_sentence(missing, tmp_path):
         assert 'pip install "adaptive_at[corruptions]"' in said and said.endswith(".") and "\n" not in said
         assert ("CIFAR-10-C" in said) is bool(column.source.instead)
         with pytest.raises(UserError, match="pip install"): column.standing(robust_digits(), some_digits(3))
-        digest(column), column.note, column.library   # an evaluation can still be named
+        spec_hash(column), column.note, column.library   # an evaluation can still be named
     assert not list(tmp_path.rglob("*.npy"))
 
 
@@ -335,7 +336,7 @@ def test_columns_refuse_what_they_cannot_do():
 
 def test_identity_knows_the_source_and_not_the_place():
     base = Corruption(QUICK, Computed("here"))
-    assert digest(base) == digest(Corruption(QUICK, Computed("there", "CIFAR-10-C"))) == digest(Corruption(QUICK))
+    assert spec_hash(base) == spec_hash(Corruption(QUICK, Computed("there", "CIFAR-10-C"))) == spec_hash(Corruption(QUICK))
     others = [Corruption(QUICK, Official("CIFAR-10-C", "here")), Corruption(QUICK, Official("CIFAR-100-C", "here")), Corruption(QUICK[:2]), MeanCorruptionError(QUICK), MeanCorruptionError(QUICK, relative=True), Corruption()]
     assert len({evaluation(c, "content", "weights").id for c in [base, *others]}) == 1 + len(others)
 

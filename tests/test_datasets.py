@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import archives
 from adaptive_at import datasets as ds
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 
 
 def refused(call, *args):

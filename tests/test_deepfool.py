@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import PGD, project, per_example
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool, rivals
 from adaptive_at.evaluation import Images, WhiteBox
 from adaptive_at.datasets import to_unit

@@ -119,7 +119,7 @@ def test_ways_of_writing(tmp_path):
         "`RadiusRule` and `PGD.step`": "[`RadiusRule`](#class-radius-radiusrule) and `PGD.step`",
         "`UniformStart`": "[`UniformStart`](#class-attacks-uniformstart)",     # of another, and only one
         "`train`": "`train`",                                                  # could be a word
-        "`adaptive_at.core`": "[`adaptive_at.core`](/library/core.ipynb)",
+        "`adaptive_at.base.identity`": "[`adaptive_at.base.identity`](/library/identity.ipynb)",
         "# `overstep`": "# `overstep`", "```\n`overstep`\n```": "```\n`overstep`\n```", "[`overstep`](x.md)": "[`overstep`](x.md)",
     }.items(): assert site.linked(written, radius) == read
 

@@ -10,7 +10,9 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import KL, NormalStart, PGD, UniformStart
-from adaptive_at.core import UserError, describe, digest, in_epoch
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash, to_spec
+from adaptive_at.base.schedules import in_epoch
 from adaptive_at.datasets import Batch
 from adaptive_at.dra import (CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, accuracy, calibrate, decaying, dra_finetune,
                              dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, on_mnist, pgd_finetune, significant,
@@ -168,7 +170,7 @@ def test_other_weights_than_the_sources_are_refused(source):
 def test_the_sources_path_is_not_part_of_the_identity(source):
     _, s = source
     a, b = dra_finetune(8/255, source=s), dra_finetune(8/255, source=replace(s, path="elsewhere"))
-    assert digest(a) == digest(b) != digest(dra_finetune(8/255, source=replace(s, weights="f" * 16))) and digest(a) != digest(dra_finetune(8/255))
+    assert spec_hash(a) == spec_hash(b) != spec_hash(dra_finetune(8/255, source=replace(s, weights="f" * 16))) and spec_hash(a) != spec_hash(dra_finetune(8/255))
 
 
 # The schedule
@@ -322,7 +324,7 @@ def test_training():
     assert (FINE_TUNE.epochs, FINE_TUNE.batch, FINE_TUNE.momentum, FINE_TUNE.weight_decay, FINE_TUNE_MNIST.epochs) == (60, 128, 0.9, 2e-4, 50)
     assert [FINE_TUNE.lr_at(e) for e in (0, 49.9, 50, 59)] == pytest.approx([0.01, 0.01, 0.001, 0.001])
     assert (CLEAN.epochs, CLEAN.lr, CLEAN.weight_decay) == (200, 0.1, 2e-4) and math.isclose(FINE_TUNE_MNIST.lr_at(49), 0.01)
-    describe(FINE_TUNE)
+    to_spec(FINE_TUNE)
 
 
 def test_trades_on_dra_samples_runs():

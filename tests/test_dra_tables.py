@@ -8,7 +8,7 @@ import torch
 
 from adaptive_at import datasets
 from adaptive_at.attacks import KL, NormalStart, PGD
-from adaptive_at.core import digest
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.datasets import Augment
 from adaptive_at.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
 from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, unpack, wilson
@@ -191,7 +191,7 @@ def test_an_evaluation_with_dra_attacks_what_is_right_and_nothing_else():
 def test_its_steps_are_capped_as_pgds_are(tmp_path):
     plan = planned(4, tmp_path, preset="quick")
     assert plan._capped(WhiteBox(DRA(steps=1000), 0.1)) == WhiteBox(DRA(steps=500), 0.1) and plan._capped(WhiteBox(DRA(), 0.1)) == WhiteBox(DRA(), 0.1)
-    assert digest(WhiteBox(DRA(1/12), 0.1)) != digest(WhiteBox(DRA(2/12), 0.1))
+    assert spec_hash(WhiteBox(DRA(1/12), 0.1)) != spec_hash(WhiteBox(DRA(2/12), 0.1))
 
 
 # Tiny runs

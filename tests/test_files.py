@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_at import core, inventory, plans, tables
+from adaptive_at import inventory, plans, tables
+from adaptive_at.base import files
 from adaptive_at.__main__ import main
-from adaptive_at.core import UserError, locked, read_json, replacing, write_json, write_text
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.files import locked, read_json, replacing, write_json, write_text
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.parameters import start
 from adaptive_at.runs import Store
@@ -70,7 +72,7 @@ def test_a_stale_lock_is_put_away_under_a_name_of_its_own(tmp_path, monkeypatch)
         held = tmp_path/"lock.held"
         held.write_text("")
         os.utime(held, (0, 0))
-        core.Heartbeat(tmp_path/"lock")._put_away()
+        files.Heartbeat(tmp_path/"lock")._put_away()
     assert len(set(names)) == 2 and not list(tmp_path.iterdir())
 
 
@@ -231,7 +233,7 @@ def as_nobody(work):
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        if not all(os.access(p, os.R_OK) for p in (__file__, core.__file__, pytest.__file__)): return closed
+        if not all(os.access(p, os.R_OK) for p in (__file__, files.__file__, pytest.__file__)): return closed
         sys.stdout = sys.stderr = open(os.devnull, "w")
         return work()
     said = forked(dropped)()
@@ -298,9 +300,9 @@ def test_a_folder_that_may_not_even_be_looked_into_is_refused(tmp_path):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_a_lock_that_somebody_made_a_link_writes_nothing_elsewhere(locks, tmp_path, monkeypatch):
-    class None_(core.FileLock):
+    class None_(files.FileLock):
         def acquire(self, *args, **kwargs): raise OSError(errno.ENOSYS, "Function not implemented")
-    if not locks: monkeypatch.setattr(core, "FileLock", None_)
+    if not locks: monkeypatch.setattr(files, "FileLock", None_)
     (tmp_path/"mine.txt").write_text("mine")
     (tmp_path/"lock").symlink_to(tmp_path/"mine.txt")
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.dra import dra_finetune
 from adaptive_at.frontier import cost, draw, front, listing, measure, trained
 from adaptive_at.methods import Training, at, natural, trades

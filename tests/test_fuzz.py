@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from adaptive_at import datasets
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.parameters import COMMON, TABLES, about, start
 from adaptive_at.plans import Plan, settle
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from adaptive_at import figures, runs
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.figures import Html, lines_of, number, styled, tag
 from adaptive_at.papers import table1_saat, table1_cat
 from adaptive_at.papers.table1_daat import TABLE

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import PGD, CleanStart, UniformStart, per_example
-from adaptive_at.core import digest, in_epoch
+from adaptive_at.base.identity import spec_hash
+from adaptive_at.base.schedules import in_epoch
 from adaptive_at.datasets import Batch
 from adaptive_at.iaat import (EIGHT, IAAT, IAAT_RESNET18, IAAT_WRN, SIXTEEN, CrossingPGD, HalfRandomTargetPGD, MixupCE, PerRun, RandomTargetPGD, iaat, iaat_baseline,
                               imagenet_baseline, imagenet_iaat, imagenet_training, mixing, mixup_at, other_class)
@@ -429,7 +430,7 @@ def test_iaat_on_cifar():
     assert now.radius == IAAT(8/255, attack, gamma=1.9/255, beta=0.1, warm=0., least=0., misclassified="released")
     assert in_epoch(iaat(EIGHT, 10, 110), 10, 110).radius == now.radius
     assert iaat(EIGHT, mode="eval").radius.attack.mode == iaat(EIGHT, mode="eval").attack.mode == "eval"
-    assert len({digest(m) for m in (method, iaat(EIGHT, 0), iaat(EIGHT, 10, 110), iaat(EIGHT, mode="eval"), iaat(EIGHT, misclassified="printed"))}) == 5
+    assert len({spec_hash(m) for m in (method, iaat(EIGHT, 0), iaat(EIGHT, 10, 110), iaat(EIGHT, mode="eval"), iaat(EIGHT, misclassified="printed"))}) == 5
 
 
 def test_a_shorter_run_moves_as_far():

@@ -8,7 +8,7 @@ import torch
 from matplotlib import colors, pyplot as plt
 
 from adaptive_at.attacks import PGD
-from adaptive_at.core import in_epoch
+from adaptive_at.base.schedules import in_epoch
 from adaptive_at.datasets import Augment
 from adaptive_at.evaluation import WhiteBox
 from adaptive_at.figures import PALETTE

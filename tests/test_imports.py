@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adaptive_at import inventory as inv
-from adaptive_at.core import digest, slug
+from adaptive_at.base.identity import spec_hash
+from adaptive_at.base.files import slug
 from adaptive_at.networks import fingerprint
 from adaptive_at.runs import Store, fingerprint_of
 from adaptive_at.seals import checksum
@@ -310,7 +311,7 @@ def test_a_run_with_a_rule_of_somebodys_is_taken(mine, tmp_path, capsys, monkeyp
     crafted.run["method"]["radius"] = {"piece": "rules_of_nobody.Halved", "version": 1,
                                        "source": {"rules_of_nobody.Halved": "class Halved(RadiusRule):\n    pass"},
                                        "eps": 0.1}
-    crafted.content["folder"] = f"{slug('digits narrow ResNet (width 4) Halved PGD AdversarialCE s7')}-{digest(crafted.run)}"
+    crafted.content["folder"] = f"{slug('digits narrow ResNet (width 4) Halved PGD AdversarialCE s7')}-{spec_hash(crafted.run)}"
     crafted.write(tmp_path/"crafted.safetensors")
     monkeypatch.setattr(inv, "planned", lambda *args, **kwargs: {})
     assert cli(capsys, "import", tmp_path/"crafted.safetensors", "--outputs", tmp_path/"theirs")[0] == 0

@@ -18,9 +18,11 @@ import psutil
 import pytest
 import torch
 
-from adaptive_at import core, plans, runs, streams, training, workers
+from adaptive_at.base import files
+from adaptive_at import plans, runs, streams, training, workers
 from adaptive_at.attacks import PGD
-from adaptive_at.core import Busy, Heartbeat, UserError, locked
+from adaptive_at.base.errors import Busy, UserError
+from adaptive_at.base.files import Heartbeat, locked
 from adaptive_at.datasets import CROP_FLIP
 from adaptive_at.evaluation import Column, WhiteBox, evaluate, evaluation
 from adaptive_at.methods import Training, at, daat
@@ -243,9 +245,9 @@ def test_an_evaluation_goes_on_after_any_batch(column, tmp_path):
 @pytest.fixture
 def without_locks(monkeypatch):
     "A file system that has no locks."
-    class None_(core.FileLock):
+    class None_(files.FileLock):
         def acquire(self, *args, **kwargs): raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(core, "FileLock", None_)
+    monkeypatch.setattr(files, "FileLock", None_)
 
 
 def test_a_lock_says_who_holds_it(tmp_path):
@@ -256,7 +258,7 @@ def test_a_lock_says_who_holds_it(tmp_path):
 
 
 def test_a_file_system_without_locks_gets_a_heartbeat(tmp_path, without_locks, monkeypatch):
-    monkeypatch.setattr(core, "BEAT", 0.05)
+    monkeypatch.setattr(files, "BEAT", 0.05)
     path, held = tmp_path/"lock", tmp_path/"lock.held"
     with locked(path):
         first = held.stat().st_mtime_ns

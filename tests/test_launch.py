@@ -18,8 +18,9 @@ import psutil
 import pytest
 import torch
 
-from adaptive_at import core, launch, plans
-from adaptive_at.core import UserError
+from adaptive_at import launch, plans
+from adaptive_at.base import identity
+from adaptive_at.base.errors import UserError
 from adaptive_at.launch import Job, in_order, joined, machines, on_ray, on_this_machine, resources
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.parameters import start
@@ -300,7 +301,7 @@ def test_ctrl_c_ends_a_task_that_takes_too_long(ray, tmp_path, monkeypatch):
 
 
 class Interrupted:
-    def __init__(self, opening): self.opening, self.digest = opening, core.digest(())
+    def __init__(self, opening): self.opening, self.digest = opening, identity.spec_hash(())
     def opened(self, machine):
         if self.opening: raise KeyboardInterrupt
         return Job(self)

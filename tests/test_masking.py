@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adaptive_at.attacks import FGSM, PGD, Margin
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.dra import DRA
 from adaptive_at.doubts import doubts, of_facts

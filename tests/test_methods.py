@@ -7,7 +7,9 @@ import pytest
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
 from adaptive_at.cat import CAT, CATAttack, adp_adv, adv_ls, cat, cat_v0, cat_v2
-from adaptive_at.core import Milestones, Ramp, UserError, describe, in_epoch
+from adaptive_at.base.schedules import Milestones, Ramp, in_epoch
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import to_spec
 from adaptive_at.datasets import Augment
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
@@ -185,7 +187,7 @@ def test_daat_s_version_of_a_baseline_differs_in_the_radius_rule_only(name, eps)
     ours, baseline = BASELINES[name](eps, radius=daat(eps)), BASELINES[name](eps)
     assert ours.radius == daat(eps) and baseline.radius == Fixed(eps)
     assert replace(ours, radius=baseline.radius) == baseline
-    assert describe(replace(ours, radius=baseline.radius)) == describe(baseline)
+    assert to_spec(replace(ours, radius=baseline.radius)) == to_spec(baseline)
 
 
 # Other radius units
@@ -208,7 +210,7 @@ def flat(value, at=""):
 @pytest.mark.parametrize("eps", [8/255, 0.25, 0.3])
 def test_what_carries_the_unit_of_eps_keeps_its_ratio(name, eps):
     make = (lambda e: at(e, daat(e, cap=1.25))) if name == "daat" else BASELINES[name]
-    there, here = (flat(describe(in_units(make(e), e))) for e in (EPS, eps))
+    there, here = (flat(to_spec(in_units(make(e), e))) for e in (EPS, eps))
     number = lambda v: isinstance(v, float)
     assert {k: v for k, v in there.items() if not number(v)} == {k: v for k, v in here.items() if not number(v)}
     assert {k: v for k, v in there.items() if number(v)} == pytest.approx({k: v for k, v in here.items() if number(v)}, rel=1e-12)

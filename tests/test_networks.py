@@ -18,7 +18,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from adaptive_at import networks as nets
 from adaptive_at.attacks import PGD
-from adaptive_at.core import UserError, digest
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.networks import (CIFAR10_IAAT, CIFAR10_RICE, CIFAR100_SAAT, IMAGENET, MNISTCNN, NETWORKS, SVHN_RICE, TRADES_NET, VGG16, IAATWideResNet,
                                   ImageNetResNet50, NarrowResNet, PreActResNet18, ResNet18, ResNet50, SmallCNN, ThinConv2d, WideResNet, approve_folding, fingerprint, folded, in_mode)
 from helpers import buffers, labels, noise, numbers, same
@@ -45,7 +46,7 @@ def near(a, b, rel=1e-5): return torch.allclose(a, b, rtol=rel, atol=rel * float
     (NarrowResNet(width_factor=4), 7, 1, 10, "cdab3f0f1bb3a8c5", "16dd0f37e8ce")])
 def test_stored_runs_keep_their_weights_and_their_identity(spec, key, image, n, weights, identity):
     assert fingerprint(spec.build(n, image, key)) == weights
-    assert digest(spec) == identity
+    assert spec_hash(spec) == identity
 
 
 @pytest.mark.parametrize("spec, image", [(ResNet50(), 3), (PreActResNet18(), 3), (WideResNet(depth=10, width_factor=1), 3), (IAATWideResNet(depth=8, width_factor=1), 3),
@@ -324,7 +325,7 @@ def test_labels_are_the_tables():
     assert {n.label for n in NETWORKS.values()} >= {"ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152", "PreAct ResNet-18", "VGG-16", "CNN (2 conv + 2 fc)",
                                                     "WideResNet-34-10", "WideResNet-32-10"}
     assert [NETWORKS[n].label for n in ("mnistcnn", "mnistcnn-half", "mnistcnn-trades")] == ["CNN (2 conv + 2 fc)", "CNN (2 conv + 2 fc: 16 and 32 filters, 256 units)", "CNN (2 conv + 2 fc: 10 and 20 filters, 50 units)"]
-    assert len({digest(n) for n in NETWORKS.values()}) == len(NETWORKS)
+    assert len({spec_hash(n) for n in NETWORKS.values()}) == len(NETWORKS)
 
 
 def test_a_depth_that_cannot_be():
@@ -334,7 +335,7 @@ def test_a_depth_that_cannot_be():
 @pytest.mark.parametrize("constants", [CIFAR10_RICE, CIFAR100_SAAT, SVHN_RICE, CIFAR10_IAAT, IMAGENET])
 def test_normalisation_comes_first_and_changes_no_weight(constants):
     plain, net = NarrowResNet().build(10).eval(), NarrowResNet(**constants).build(10).eval()
-    assert fingerprint(plain) == fingerprint(net) and digest(NarrowResNet()) != digest(NarrowResNet(**constants))
+    assert fingerprint(plain) == fingerprint(net) and spec_hash(NarrowResNet()) != spec_hash(NarrowResNet(**constants))
     x = numbers(3, 3, 16, 16)
     assert near(net(x), plain((x - torch.tensor(constants["mean"])[:, None, None]) / torch.tensor(constants["std"])[:, None, None]))
     assert not near(net(x), plain(x))

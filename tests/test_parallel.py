@@ -12,7 +12,8 @@ from adaptive_at import datasets, parallel, plans
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.cat import cat_v2
-from adaptive_at.core import describe, digest, foreign_modules, revived, write_json
+from adaptive_at.base.identity import foreign_modules, from_spec, spec_hash, to_spec
+from adaptive_at.base.files import write_json
 from adaptive_at.iaat import iaat, imagenet_iaat, mixup_at
 from adaptive_at.methods import Training, at, daat, mart
 from adaptive_at.networks import MNISTCNN, NarrowResNet
@@ -63,11 +64,11 @@ def work(rank, size, port, log, arguments, before):
 
 def job(run, folder, size=2, before=None):
     "Train with `size` processes into `folder`; their exit codes, and what they said."
-    write_json(path := folder/f"{run.id}.json", {"run": describe(run)})
+    write_json(path := folder/f"{run.id}.json", {"run": to_spec(run)})
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu", *(word for module in foreign_modules(describe(run)) for word in ("--allow", module))]
+    arguments = ["train", str(path), "--outputs", str(folder), "--data-root", str(folder), "--device", "cpu", *(word for module in foreign_modules(to_spec(run)) for word in ("--allow", module))]
     log = folder/"log"
     log.unlink(missing_ok=True)
     processes = [CONTEXT.Process(target=work, args=(rank, size, port, str(log), arguments, before)) for rank in range(size)]
@@ -247,14 +248,14 @@ def test_cores_are_shared_by_the_readers_of_all_processes(monkeypatch):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_spec_says_all(name):
     run = RUNS[name]
-    assert revived(describe(run)) == run and digest(revived(describe(run))) == run.id
+    assert from_spec(to_spec(run)) == run and spec_hash(from_spec(to_spec(run))) == run.id
 
 
 def test_a_spec_of_other_code_is_refused():
-    told = describe(RUNS["daat"])
+    told = to_spec(RUNS["daat"])
     told["method"]["radius"]["version"] = 7
-    assert "another version" in refused(revived, told)
-    assert "cannot import" in refused(revived, told | {"method": {"piece": "__main__.Method", "version": 1}})
+    assert "another version" in refused(from_spec, told)
+    assert "cannot import" in refused(from_spec, told | {"method": {"piece": "__main__.Method", "version": 1}})
 
 
 # What is refused
@@ -302,10 +303,10 @@ def test_a_table_refuses_before_any_work(tmp_path):
 def test_the_train_command(tmp_path, capsys):
     run, store = spec(at(EPS, steps=1), epochs=1), Store(tmp_path/"runs")
     def told(*arguments): return main(["train", *map(str, arguments), "--outputs", str(tmp_path), "--data-root", str(tmp_path)]), *capsys.readouterr()
-    write_json(tmp_path/"spec.json", {"run": describe(run)})
+    write_json(tmp_path/"spec.json", {"run": to_spec(run)})
     assert told(tmp_path/"spec.json")[0] == 0 and store.finished(run)
     for name in (run.id, run.id[:5], store.folder(run), store.folder(run)/"spec.json"): assert told(name) == (0, "", "")
-    write_json(tmp_path/"other.json", {"run": describe(replace(run, content="0" * 16))})
+    write_json(tmp_path/"other.json", {"run": to_spec(replace(run, content="0" * 16))})
     write_json(tmp_path/"none.json", {"run": {}})
     for spoilt, says in (("0" * 12, "no run id"), ("zzz", "no run id"), (tmp_path/"other.json", "other data"), (tmp_path/"none.json", "not the spec of a run")):
         code, out, err = told(spoilt)

@@ -15,7 +15,10 @@ from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.benchmark import begin
 from adaptive_at.cat import cat
-from adaptive_at.core import Milestones, UserError, describe, digest, user_path
+from adaptive_at.base.schedules import Milestones
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash, to_spec
+from adaptive_at.base.files import user_path
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import Clean, evaluation
 from adaptive_at.methods import Training, at, daat
@@ -76,7 +79,7 @@ def spec(seed=0, epochs=2, eps=0.1, steps=1, number=float, whole=int):
 def test_a_run_of_numpy_s_numbers_is_the_same_run(number, whole):
     seed = np.int64(3) if whole is not int else 3
     mine, plain = spec(seed=3, number=number, whole=whole), spec(seed=3)
-    assert mine.id == plain.id and describe(mine) == describe(plain) and mine.slug == plain.slug
+    assert mine.id == plain.id and to_spec(mine) == to_spec(plain) and mine.slug == plain.slug
     assert type(mine.training.epochs) is int and type(mine.method.attack.steps) is int
     weights = [State(r, random_data()).model.state_dict() for r in (mine, plain)]
     assert all((weights[0][k] == weights[1][k]).all() for k in weights[1])
@@ -88,9 +91,9 @@ def test_numpy_s_numbers_give_the_same_random_numbers():
 
 
 def test_a_spec_holds_plain_numbers():
-    told = describe({"a": np.int64(3), "b": (np.float32(0.5), np.float64(0.1)), "c": np.bool_(True)})
+    told = to_spec({"a": np.int64(3), "b": (np.float32(0.5), np.float64(0.1)), "c": np.bool_(True)})
     assert told == {"a": 3, "b": [0.5, 0.1], "c": True} and [type(told["a"]), type(told["b"][0]), type(told["b"][1]), type(told["c"])] == [int, float, float, bool]
-    assert digest(np.float64(0.1)) == digest(0.1)
+    assert spec_hash(np.float64(0.1)) == spec_hash(0.1)
 
 
 @pytest.mark.parametrize("make, parts", [(lambda: PGD(0.1, 1.5), ["steps is 1.5"]), (lambda: Training(epochs=float("nan")), ["epochs is nan"]), (lambda: Training(epochs=np.float64(0)), ["epochs", "from 1 on"]),

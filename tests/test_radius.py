@@ -10,7 +10,7 @@ from torch import nn
 
 from adaptive_at import datasets as ds
 from adaptive_at.attacks import PGD, NoAttack
-from adaptive_at.core import in_epoch
+from adaptive_at.base.schedules import in_epoch
 from adaptive_at.datasets import Batch
 from adaptive_at.methods import Method, Training, at, daat
 from adaptive_at.networks import in_mode

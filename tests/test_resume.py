@@ -11,7 +11,7 @@ import torch
 from nbclient import NotebookClient
 
 from adaptive_at import runs
-from adaptive_at.core import Milestones
+from adaptive_at.base.schedules import Milestones
 from adaptive_at.methods import at
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.papers.table1_daat import TABLE

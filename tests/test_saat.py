@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, NormalStart, UniformStart, per_example, project
-from adaptive_at.core import describe, digest
+from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.datasets import Augment, Batch
 from adaptive_at.methods import Method, Training
 from adaptive_at.objectives import TRADES, AdversarialCE
@@ -354,7 +354,7 @@ def test_saat_s_methods():
 @pytest.mark.parametrize("make, awp", [(rice_at, AT_AWP), (saat, AT_AWP), (saat_down, AT_AWP), (saat_up, AT_AWP), (rice_trades, TRADES_AWP), (satrades_up, TRADES_AWP)])
 def test_awp_s_version_differs_in_the_weights_only(make, awp):
     assert replace(make(EPS, weights=awp), weights=None) == make(EPS) and make(EPS, weights=awp).weights == awp
-    assert digest(make(EPS, weights=awp)) != digest(make(EPS))
+    assert spec_hash(make(EPS, weights=awp)) != spec_hash(make(EPS))
 
 
 @pytest.mark.parametrize("make", [rice_at, rice_trades, saat, saat_down, saat_up, satrades_up])
@@ -363,7 +363,7 @@ def test_what_carries_the_unit_of_eps_keeps_its_ratio(make, eps):
     def scaled(value, by):
         if isinstance(value, dict): return {k: [v * by for v in item] if k == "stages" else item * by if k in ("eps", "alpha", "sigma", "full") else scaled(item, by) for k, item in value.items()}
         return value
-    there, here = scaled(describe(make(EPS)), 1 / EPS), scaled(describe(make(eps)), 1 / eps)
+    there, here = scaled(to_spec(make(EPS)), 1 / EPS), scaled(to_spec(make(eps)), 1 / eps)
     for part in ("radius", "objective", "weights"): assert here[part] == pytest.approx(there[part])
     assert here["attack"].pop("start") == pytest.approx(there["attack"].pop("start"))
     assert here["attack"].pop("loss") == there["attack"].pop("loss")
@@ -374,7 +374,7 @@ def test_what_carries_the_unit_of_eps_keeps_its_ratio(make, eps):
 def test_rows_of_table_1_are_different_runs():
     rows = [rice_at(EPS), saat_down(EPS), *(saat_up(EPS, e, 1.5) for e in range(9, 21)), *(saat_up(EPS, 14, r) for r in (1.3, 1.4, 1.6, 1.7, 1.8, 1.9, 2.0))]
     rows += [replace(r, weights=AT_AWP) for r in rows]
-    assert len({digest(r) for r in rows}) == len(rows) and digest(saat_up(EPS, 14, 1.5)) == digest(saat_up(EPS, 14., 1.5))
+    assert len({spec_hash(r) for r in rows}) == len(rows) and spec_hash(saat_up(EPS, 14, 1.5)) == spec_hash(saat_up(EPS, 14., 1.5))
 
 
 def test_cost():

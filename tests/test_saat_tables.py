@@ -9,7 +9,8 @@ import torch
 
 from adaptive_at import saat
 from adaptive_at.attacks import PGD
-from adaptive_at.core import UserError, digest
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import spec_hash
 from adaptive_at.datasets import Augment
 from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, pack
 from adaptive_at.methods import natural
@@ -106,7 +107,7 @@ def test_largest_radius_and_least_loss_of_table_2(block, rho):
     assert {l: knobs(m) for l, m in rows.items() if "_up" in l and "TRADES" not in l} == {"SAAT_up": (14, rho), "AWP-SAAT_up": (9, rho)}
     told = table_2(block, eps_max=11., rho=2.)
     assert {knobs(m) for l, m in told.items() if "_up" in l} == {(11, 2)}
-    assert {l: digest(m) for l, m in told.items() if "_up" not in l} == {l: digest(m) for l, m in rows.items() if "_up" not in l}
+    assert {l: spec_hash(m) for l, m in told.items() if "_up" not in l} == {l: spec_hash(m) for l, m in rows.items() if "_up" not in l}
 
 
 def test_trades_rows_of_table_2():

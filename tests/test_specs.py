@@ -7,7 +7,10 @@ import pytest
 
 from adaptive_at import parallel
 from adaptive_at.__main__ import main
-from adaptive_at.core import Milestones, Ramp, UserError, describe, foreign_modules, revived, write_json
+from adaptive_at.base.schedules import Milestones, Ramp
+from adaptive_at.base.errors import UserError
+from adaptive_at.base.identity import foreign_modules, from_spec, to_spec
+from adaptive_at.base.files import write_json
 from adaptive_at.methods import at, daat
 from adaptive_at.parallel import undivided
 from adaptive_at.radius import Fixed
@@ -40,14 +43,14 @@ def theirs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("their_rules", None)
     import their_rules
-    told = describe(spec(at(EPS, their_rules.Halved(EPS), steps=1), epochs=1))
+    told = to_spec(spec(at(EPS, their_rules.Halved(EPS), steps=1), epochs=1))
     del sys.modules["their_rules"]
     mark.unlink()
     return mark, told
 
 
 def sentence(told, allow=()):
-    with pytest.raises(UserError) as caught: revived(told, allow)
+    with pytest.raises(UserError) as caught: from_spec(told, allow)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -59,8 +62,8 @@ def test_a_module_is_imported_only_where_it_is_allowed(theirs):
         assert "their_rules.Halved, which is not of this package" in sentence(told, allow)
         assert "--allow their_rules" in sentence(told, allow)
     assert not mark.exists() and "their_rules" not in sys.modules
-    run = revived(told, ["their_rules"])
-    assert mark.exists() and describe(run) == told and not undivided(run)
+    run = from_spec(told, ["their_rules"])
+    assert mark.exists() and to_spec(run) == told and not undivided(run)
     told["method"]["radius"]["piece"] = "their_rules.NoPiece"
     assert "their_rules.NoPiece as a piece, which is none" in sentence(told, ["their_rules"])
 
@@ -74,13 +77,13 @@ def test_the_train_command_trains_what_is_allowed(theirs, tmp_path, capsys):
     code, out, err = train()
     assert code == 1 and not out and err.count("\n") == 1 and "add `--allow their_rules`" in err and not mark.exists()
     code, out, err = train("--allow", "json", "--allow", "their_rules")
-    assert code == 0 and not err and Store(tmp_path/"runs").finished(revived(told, ["their_rules"]))
+    assert code == 0 and not err and Store(tmp_path/"runs").finished(from_spec(told, ["their_rules"]))
     assert main(["train", "x" * 5000, "--outputs", str(tmp_path)]) == 1 and "no spec.json" in capsys.readouterr().err
 
 
 def put(path, value):
     "The spec of a run with another value in it."
-    told = place = copy.deepcopy(describe(RUNS["daat"]))
+    told = place = copy.deepcopy(to_spec(RUNS["daat"]))
     *way, last = path.split(".")
     for name in way: place = place[name]
     if value is KeyError: del place[last]
@@ -88,9 +91,9 @@ def put(path, value):
     return told
 
 
-NO_PIECES = ["os.system", "adaptive_at.core.os.system", "adaptive_at.runs.np", "adaptive_at.core.write_text",
+NO_PIECES = ["os.system", "adaptive_at.base.files.os.system", "adaptive_at.runs.np", "adaptive_at.base.files.write_text", "PGD.x", "Bank", "pgd",
              "adaptive_at.inventory.remove", "adaptive_at.networks.Classifier", "adaptive_at.runs.Store",
-             "adaptive_at.runs.Run", "adaptive_at.nothing.X", "adaptive_at.core", "adaptive_at", "os", "", ".", "..core.X", "__main__.X", 3, None, ["adaptive_at.attacks.PGD"], {}]
+             "adaptive_at.runs.Run", "adaptive_at.nothing.X", "adaptive_at.base", "adaptive_at", "os", "", ".", "..base.X", "__main__.X", 3, None, ["adaptive_at.attacks.PGD"], {}]
 
 
 @pytest.mark.parametrize("name", NO_PIECES, ids=str)
@@ -102,8 +105,8 @@ def test_a_name_of_no_piece_is_a_sentence(name, as_what, monkeypatch):
 
 @pytest.mark.parametrize("path, value, said", [
     ("method.attack.alpha", KeyError, "no alpha"), ("method.attack.shell", "x", "shell, which it does not know"),
-    ("seed", KeyError, "no seed"), ("network", describe(Fixed(0.1)), "it must be Network"),
-    ("method", describe(Fixed(0.1)), "it must be Method"), ("method.attack", describe(Fixed(0.1)), "it must be PGD"),
+    ("seed", KeyError, "no seed"), ("network", to_spec(Fixed(0.1)), "it must be Network"),
+    ("method", to_spec(Fixed(0.1)), "it must be Method"), ("method.attack", to_spec(Fixed(0.1)), "it must be PGD"),
     ("method.attack", "PGD", "it must be"), ("method.attack", [1], "it must be"), ("seed", "0", "it must be int"),
     ("seed", 1.5, "it must be int"), ("seed", True, "it must be int"), ("start", {"a": 1}, "it must be"),
     ("dataset", 3, "it must be str"), ("training.epochs", "7", "it must be int"),
@@ -124,11 +127,11 @@ def test_a_spec_that_is_nested_without_end_is_a_sentence():
 def test_schedules_may_stand_for_numbers():
     for value in (Milestones((0.5,), (0.1, 0.2)), Ramp(0.1, 0.2)):
         run = spec(at(EPS, daat(EPS, rho=value)))
-        assert revived(json.loads(json.dumps(describe(run)))) == run
+        assert from_spec(json.loads(json.dumps(to_spec(run)))) == run
 
 
 def test_the_launcher_allows_the_modules_of_the_callers_own_pieces(theirs, tmp_path, monkeypatch):
-    run, commands = revived(theirs[1], ["their_rules"]), []
+    run, commands = from_spec(theirs[1], ["their_rules"]), []
     def begun(command, **how):
         commands.append(command)
         raise InterruptedError

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from adaptive_at.attacks import PGD
-from adaptive_at.core import Unreadable, UserError, write_json
+from adaptive_at.base.errors import Unreadable, UserError
+from adaptive_at.base.files import write_json
 from adaptive_at.evaluation import Clean, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint

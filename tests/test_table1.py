@@ -6,7 +6,7 @@ import pytest
 
 import archives
 from adaptive_at import datasets
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables import run
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import pack
 from adaptive_at.parameters import COMMON, TABLES, about, start

@@ -8,7 +8,7 @@ from torch import nn
 
 from adaptive_at import datasets as ds, networks
 from adaptive_at.attacks import FGSM, PGD, CrossEntropy, restarted
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.dra import DRA
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation, unpack
 from adaptive_at.methods import at, daat, natural

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import NoAttack
-from adaptive_at.core import Milestones, describe, digest, in_epoch
+from adaptive_at.base.schedules import Milestones, in_epoch
+from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.datasets import Batch
 from adaptive_at.methods import Method, at, natural
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
@@ -213,7 +214,7 @@ def test_the_update_under_autocast_sees_the_perturbed_weights():
 def test_awp_fits_any_method_and_tells_runs_apart():
     assert Method(*(getattr(at(0.1), f) for f in ("radius", "attack", "objective"))) == at(0.1)
     ours = replace(at(0.1), weights=AT_AWP)
-    assert len({digest(m) for m in (at(0.1), ours, replace(ours, weights=AWP(0.005, 0.01)), replace(natural(), weights=AT_AWP))}) == 4
+    assert len({spec_hash(m) for m in (at(0.1), ours, replace(ours, weights=AWP(0.005, 0.01)), replace(natural(), weights=AT_AWP))}) == 4
 
 
 # Published settings
@@ -222,4 +223,4 @@ def test_published_settings():
     assert AT_AWP == AWP(gamma=0.01, lr=0.01)
     assert TRADES_AWP == AWP(gamma=Milestones((10/200,), (0., 0.005)), lr=0.1)
     assert [in_epoch(replace(at(0.1), weights=TRADES_AWP), e - 1, 200).weights for e in (9, 10)] == [AWP(0., 0.1), AWP(0.005, 0.1)]
-    assert describe(TRADES_AWP)["gamma"]["values"] == [0., 0.005]
+    assert to_spec(TRADES_AWP)["gamma"]["values"] == [0., 0.005]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.workers import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,7 +36,7 @@ TABLE = Table('table2_dra', 'DRA, Table 2.', (Part('mnist', 'mnistcnn'),), 8/255
 # %% ../../nbs/table2_dra.ipynb #d2a70002
 import pandas as pd
 from .. import datasets
-from ..core import UserError
+from ..base.errors import UserError
 from ..dra import PRINTED, accuracy, calibrate
 from ..figures import styled
 

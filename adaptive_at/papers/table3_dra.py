@@ -33,7 +33,7 @@ TABLE = Table('table3_dra', 'DRA, Table 3.', (Part('cifar10', 'resnet50'),), 8/2
 # %% ../../nbs/table3_dra.ipynb #6d937328
 import pandas as pd
 from .. import datasets
-from ..core import UserError
+from ..base.errors import UserError
 from ..figures import styled
 
 def calibration(results, row):

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from adaptive_at import networks, plans, runs, tables
 from adaptive_at.cat import cat
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.dra import dra_finetune
 from adaptive_at.iaat import iaat
 from adaptive_at.methods import at, daat, fat, mart, natural, trades

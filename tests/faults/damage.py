@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.inventory import damages, stored
 
 from .bench import Kill, Process, contents, differences, reference, table_of

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.parameters import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent.parent

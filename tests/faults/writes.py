@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 from adaptive_at.attacks import PGD
-from adaptive_at.core import UserError
+from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, WhiteBox, evaluation
 from adaptive_at.methods import Training, at, daat
 from adaptive_at.runs import Store
