@@ -348,6 +348,11 @@ class Plan:
         e = self.evaluation(block, row, column, seed, which)
         return e and self.store.verdicts(block.runs[row][seed], e)
 
+    def judged_by_other_code(self, block: Block, row: str, column: str, seed: int, which: str = '') -> bool:
+        "Was the stored evaluation of one cell and seed made by other code than this?"
+        e = self.evaluation(block, row, column, seed, which)
+        return e is not None and self.store.judged_by_other_code(block.runs[row][seed], e)
+
     def diverged(self, run: Run) -> bool: return 'diverged' in self.store.facts(run)
 
     def unevaluated(self, block: Block, row: str, seed: int) -> list[tuple[str, str]]:

@@ -66,6 +66,7 @@ class Made(Struct):
     threads: Annotated[int, Meta(ge=1, le=4096)]
     device: str = ''
     path: str = ''
+    code: Annotated[str, Meta(pattern='^([0-9a-f]{12})?$')] = ''   # older runs have none
     processes: Positive|UnsetType = UNSET
     batch_norm: str|UnsetType = field(name='batch norm', default=UNSET)
 

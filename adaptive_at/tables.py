@@ -29,7 +29,7 @@ from .networks import network
 from .parallel import launched, undivided
 from .parameters import printed, start
 from .plans import Block, Needs, Plan, Table, settle, spoken
-from .runs import hardware, versions
+from .runs import code_of, hardware, versions
 from .stopping import Stopped
 from .training import Run, concerns
 
@@ -98,6 +98,7 @@ def _warnings(self:Results, block: Block, row: str, column: str, which: str) -> 
     for seed in range(len(found)):
         results = {c: r for c in columns if (r := dict(enumerate(self.by_seed(block, row, c, which))).get(seed))}
         if column not in results: continue
+        if self.plan.judged_by_other_code(block, row, column, seed, which): told.append('evaluated by other code than this: what it executes was edited since')
         told += [text if seed == 0 or text in told else f'seed {seed}: {text}' for text in doubts(column, columns, results)]
     return list(dict.fromkeys(told))
 
@@ -108,8 +109,9 @@ def concerns(self:Results, run: Run) -> list[str]:
     if run.id not in self.concerned:
         made = self.plan.store.facts(run).get('made with', [])
         ways = {'continued on another device': [str(m.get('device')) for m in made], 'continued on another execution path': [m.get('path', 'eager') for m in made]}
+        other_code = any(m.get('code', code_of(run)) != code_of(run) for m in made)
         shares = max((m['processes'] for m in made if 'batch norm' in m), default=1)
-        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1] + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1)
+        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1] + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1) + ['trained by other code than this: what it executes was edited since'] * other_code
     return self.concerned[run.id]
 
 # %% ../nbs/90_tables.ipynb #5bdbf174

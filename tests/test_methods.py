@@ -277,7 +277,7 @@ def test_methods_have_different_fingerprints():
 def test_what_a_fingerprint_notices():
     entry = fingerprints.stored()["trades"]
     moved = entry | {"losses": [entry["losses"][0], entry["losses"][1] * 1.0002, entry["losses"][2]]}
-    raised = moved | {"versions": entry["versions"] | {"adaptive_at.objectives.TRADES": 2}}
+    raised = moved | {"versions": entry["versions"] | {"TRADES": 2}}
     assert fingerprints.problem("trades", entry, entry) is None
     assert fingerprints.problem("trades", entry, entry | {"losses": [l * 1.00005 for l in entry["losses"]]}) is None
     assert "raise" in fingerprints.problem("trades", entry, moved) and REFRESH in fingerprints.problem("trades", entry, moved)

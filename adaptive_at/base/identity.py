@@ -185,6 +185,7 @@ def attached(kind: type) -> dict[str, str]:
 def _is_foreign(obj) -> bool:
     "Is this defined by the user: neither in this package, nor in the standard library, nor installed?"
     module = obj.__name__ if inspect.ismodule(obj) else obj.__module__
+    if not module: return False   # what `dataclass` wrote
     top = module.partition('.')[0]
     if top == '__main__': return True   # also in a Ray worker, whose own `__main__` is an installed file
     if top in (PACKAGE, 'builtins') or top in sys.stdlib_module_names: return False
