@@ -87,7 +87,7 @@ def problem(name, old, new):
         return f"{name} is made of other pieces or versions than its fingerprint ({', '.join(changed)}): run {refresh}"
     if moved(old, new):
         return (f"the first losses of {name} were {old['losses']} and are {new['losses']}, but no version changed: stored runs would pass for runs of the new code. "
-                f"Undo the change, or raise the `version` of the piece that changed (one of {', '.join(old['versions'])}; it is a ClassVar, 1 where none is written) "
+                f"Undo the change, or raise the `version` of the piece that changed (one of {', '.join(old['versions'])}; `@piece(..., version=...)`, 1 where none is written) "
                 f"and run {refresh}")
 
 

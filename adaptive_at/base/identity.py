@@ -22,7 +22,7 @@ from .errors import UserError
 # %% ../../nbs/01_identity.ipynb #d74697e6
 PACKAGE = __name__.partition('.')[0] if __name__ != '__main__' else 'adaptive_at'
 # The modules that define pieces: a process that was only sent a spec imports them.
-HOMES = ('attacks', 'cat', 'corruptions', 'dra', 'evaluation', 'iaat', 'saat', 'deepfool')
+HOMES = ('attacks', 'cat', 'corruptions', 'deepfool', 'dra', 'evaluation', 'iaat', 'saat', 'training', 'weights')
 PIECES: dict[str, type] = {}   # declared string -> class
 
 
