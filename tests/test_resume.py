@@ -153,7 +153,8 @@ def test_killed_at_random_moments(whole, tmp_path):
         child = process(log, outputs, WHOLE)
         if moment(child) and child.is_alive():
             killed(child)
-            landed.append("training" if epochs_done(outputs) < 18 else "AutoAttack" if list(outputs.rglob("autoattack*.part.json")) else "evaluation")
+            within = "training" if epochs_done(outputs) < 18 else "evaluation"
+            landed.append({an_attack: "AutoAttack", an_evaluation: "evaluation"}.get(moment, within))   # rows are evaluated while others train
         else: ended(child, log)
     print(f"killed in {', '.join(landed)}; uninterrupted {seconds:.1f} s")
     assert landed.count("training") >= 3 and landed.count("AutoAttack") >= 2 and len(landed) >= 6, landed
