@@ -32,7 +32,7 @@ from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, pop
 from sphinx.cmd.build import build_main
 
 matplotlib.use("Agg")
-from adaptive_at.workers import cores, died
+from adaptive_at.jobs.pool import cores, died
 from pictures import draw
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -49,6 +49,12 @@ class Notebook:
 
     @property
     def name(self) -> str: return self.path.stem
+
+    @property
+    def place(self) -> str:
+        "Its path in the project."
+        parts = self.path.parts
+        return "/".join(parts[len(parts) - 1 - parts[::-1].index("nbs"):])
 
     @cached_property
     def source(self) -> nbformat.NotebookNode: return nbformat.read(self.path, 4)
@@ -97,7 +103,12 @@ class Notebook:
 
 def notebooks(root: Path = root) -> list[Notebook]:
     "All notebooks, in reading order."
-    return [Notebook(p) for p in sorted((root / "nbs").glob("*.ipynb"))]
+    paths = sorted((root / "nbs").rglob("*.ipynb"), key=lambda p: p.stem)
+    paths = [p for p in paths if ".ipynb_checkpoints" not in p.parts]
+    if len({p.stem for p in paths}) < len(paths): sys.exit("two notebooks have one name, and the site's pages drop the folder: " + ", ".join(p.stem for p in paths))
+    books = [Notebook(p) for p in paths]
+    if empty := {"", "benchmarks", "tables", "library", "guides"} - {b.section for b in books}: sys.exit(f"no notebook under nbs/ is a page of {', '.join(sorted(empty))}")
+    return books
 
 
 # --- execution -----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +277,7 @@ class Site:
         "Markdown with nbdev's and Quarto's ways of writing turned into MyST's."
         text = re.sub(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}", r"\1{\2}", text, flags=re.M)
         pages = {b.path.name: b.page for b in self.books}
-        text = re.sub(r"\]\((?:\.?/?nbs/)?([\w-]+\.ipynb)(#[^)]*)?\)", lambda m: f"](/{pages[m[1]]}{'.ipynb' if m[1] in pages else ''}{m[2] or ''})" if m[1] in pages else m[0], text)
+        text = re.sub(r"\]\((?:[./\w-]*/)?([\w-]+\.ipynb)(#[^)]*)?\)", lambda m: f"](/{pages[m[1]]}{'.ipynb' if m[1] in pages else ''}{m[2] or ''})" if m[1] in pages else m[0], text)
         parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\)|^#+ .*?$)", text, flags=re.M | re.S)  # not inside code blocks, links and headings
         return "".join(p if i % 2 else re.sub(r"(?<!`)`([A-Za-z_][\w.]*)`(?!`)", lambda m: self._symbol(m[1], book), p) for i, p in enumerate(parts))
 
@@ -327,7 +338,7 @@ class Site:
 
     def notes(self, book: Notebook, path: Path) -> list[str]:
         "What stands below a page's title: where it comes from, and what was run."
-        facts = [f"{{download}}`nbs/{book.path.name} </notebooks/{book.path.name}>`"]
+        facts = [f"{{download}}`{book.place} </notebooks/{book.path.name}>`"]
         if book.section == "library" and book.module: facts.append(f"exports `adaptive_at.{book.module}`")
         made = path.parent == root / "outputs"
         if made:
@@ -339,7 +350,7 @@ class Site:
         if made and book.paper: notes[0] += "\\\nGo to " + " · ".join(f"[{p}](#{p.replace(' ', '-')})" for p in PARTS)
         if book.section == "tables" and not made:
             notes.append(f":::{{admonition}} Not executed yet\n:class: note\nThis page shows the notebook as it is in the repository, without results. This command makes them, on digits within minutes:\n\n"
-                         f"```bash\npapermill nbs/{book.path.name} outputs/{book.path.name} -p preset quick\n```\n:::")
+                         f"```bash\npapermill {book.place} outputs/{book.path.name} -p preset quick\n```\n:::")
         elif made and moved(book, path):
             notes.append(":::{note}\nThe notebook has changed since it was executed; this page shows it as it was then.\n:::")
         return notes
@@ -367,7 +378,7 @@ class Site:
         picture = "".join(f"```{{image}} {page.stem}-{n}-{theme}.svg\n:class: only-{theme}\n:alt: {page.stem.upper()}, panel {n}\n```\n" for n in (1, 2) for theme in ("light", "dark"))
         text = re.sub(r"<!-- picture: (.*?) -->", lambda m: f"::::{{container}} picture\n{picture}::::\n\n{{.caption}}\n{m[1]}", page.read_text(encoding="utf-8"), flags=re.S)
         text = text.replace("<!-- tables -->", self.tables(page.stem))
-        text = re.sub(r"\{py\}`(\w+)`", lambda m: f"[`adaptive_at.{m[1]}`](/{self.modules[m[1]].page}.ipynb)", text)
+        text = re.sub(r"\{py\}`([\w.]+)`", lambda m: f"[`adaptive_at.{m[1]}`](/{self.modules[m[1]].page}.ipynb)", text)
         return self.linked(text, self.books[0])
 
     def write(self) -> None:

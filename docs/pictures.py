@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from adaptive_at.attacks import CleanStart, PGD
-from adaptive_at.cat import adp_adv
-from adaptive_at.datasets import Batch
-from adaptive_at.dra import decaying, normalised, significant
+from adaptive_at.algorithms.cat import adp_adv
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.dra import decaying, normalised, significant
 from adaptive_at.figures import PALETTE, look
-from adaptive_at.iaat import IAAT
+from adaptive_at.algorithms.iaat import IAAT
 from adaptive_at.networks import Classifier
 from adaptive_at.radius import DAAT, Setting
-from adaptive_at.saat import StrengthAdaptivePGD, radii
-from adaptive_at.streams import Noise, key
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD, radii
+from adaptive_at.base.rng import Noise, key
 
 EPS, STEEP = 0.1, 3.                                       # radius on the [0,1] scale; logit per eps of margin
 MARGINS, EXAMPLES = torch.linspace(-1, 2.4, 137), torch.tensor([-0.5, 0.6, 2.])

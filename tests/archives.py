@@ -71,7 +71,7 @@ def rows(x):
 
 
 def cifar10(train, test) -> dict[str, bytes]:
-    from adaptive_at.datasets import CIFAR10_CLASSES
+    from adaptive_at.data.datasets import CIFAR10_CLASSES
     folder, fifth = "cifar-10-batches-py", N_TRAIN // 5
     parts = {f"data_batch_{i + 1}": [a[i * fifth:(i + 1) * fifth] for a in train] for i in range(5)} | {"test_batch": test}
     files = {f"{folder}/{part}": {"batch_label": part, "data": rows(x), "labels": y.tolist()} for part, (x, y) in parts.items()}
@@ -80,7 +80,7 @@ def cifar10(train, test) -> dict[str, bytes]:
 
 
 def cifar100(train, test) -> dict[str, bytes]:
-    from adaptive_at.datasets import CIFAR100_CLASSES
+    from adaptive_at.data.datasets import CIFAR100_CLASSES
     folder = "cifar-100-python"
     files = {f"{folder}/{part}": {"data": rows(x), "fine_labels": y.tolist(), "coarse_labels": (y // 5).tolist()}
              for part, (x, y) in dict(train=train, test=test).items()}
@@ -113,7 +113,7 @@ def mnist(train, test) -> dict[str, bytes]:
 # The constants, here or in another process
 
 def patch_datasets(module, patch: dict, put=operator.setitem) -> None:
-    "Describe the tiny archives in `adaptive_at.datasets`."
+    "Describe the tiny archives in `adaptive_at.data.datasets`."
     for name, p in patch["sets"].items(): put(module.OFFICIAL, name, dataclasses.replace(module.OFFICIAL[name], **p["official"]))
 
 
@@ -144,7 +144,7 @@ def describe(root: Path, names=NAMES, packed: bool = False, server: str | None =
 def apply(patch: dict, monkeypatch) -> None:
     "Patch this process until the test ends."
     import torchvision.datasets
-    import adaptive_at.datasets
+    import adaptive_at.data.datasets
     patch_datasets(adaptive_at.datasets, patch, monkeypatch.setitem)
     patch_torchvision(torchvision.datasets, patch, monkeypatch.setattr)
 
@@ -171,7 +171,7 @@ def environment(root: Path, names=NAMES, packed: bool = False, server: str | Non
 def patch_on_import(patch_file: str) -> None:
     "Patch either module as soon as it has been imported."
     patch = json.loads(Path(patch_file).read_text())
-    sys.meta_path.insert(0, Patcher({"adaptive_at.datasets": lambda m: patch_datasets(m, patch), "torchvision.datasets": lambda m: patch_torchvision(m, patch)}))
+    sys.meta_path.insert(0, Patcher({"adaptive_at.data.datasets": lambda m: patch_datasets(m, patch), "torchvision.datasets": lambda m: patch_torchvision(m, patch)}))
 
 
 class Patcher(MetaPathFinder):

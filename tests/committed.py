@@ -4,9 +4,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from adaptive_at import datasets
-from adaptive_at.parameters import TABLES, start
-from adaptive_at.plans import Plan, settle
+from adaptive_at.data import datasets
+from adaptive_at.tables.parameters import TABLES, start
+from adaptive_at.tables.plan import Plan, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 # Content hash and sizes of the image folder that stands in the committed outputs; it is not in git.

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from adaptive_at.attacks import PGD
-from adaptive_at.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
+from adaptive_at.algorithms.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.base.identity import to_spec
-from adaptive_at.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
-from adaptive_at.iaat import iaat, mixup_at, imagenet_iaat
-from adaptive_at.methods import Training, at, daat, fat, mart, natural, trades
+from adaptive_at.algorithms.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
+from adaptive_at.algorithms.iaat import iaat, imagenet_iaat, mixup_at
+from adaptive_at.algorithms.baselines import Training, at, daat, fat, mart, natural, trades
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.radius import LinearDAAT, PiecewiseDAAT
-from adaptive_at.saat import rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
+from adaptive_at.algorithms.saat import rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import Monitor, Run, State, threads, train
-from adaptive_at.weights import AT_AWP, TRADES_AWP
+from adaptive_at.awp import AT_AWP, TRADES_AWP
 from helpers import random_data
 
 PATH = Path(__file__).with_suffix(".json")

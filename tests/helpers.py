@@ -10,22 +10,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from adaptive_at import datasets as ds, streams
+from adaptive_at.data import datasets as ds
+from adaptive_at.base import rng
 from adaptive_at.attacks import PGD
-from adaptive_at.methods import Training, at
+from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import NarrowResNet, Network
 from adaptive_at.training import Monitor, Run, State, train
 
 
 def numbers(*shape, seed=0):
     "Uniform numbers in [0,1), float32, the same on every machine."
-    return streams.uniform(streams.key("tests", seed), torch.arange(shape[0]), shape[1:])
+    return rng.uniform(rng.key("tests", seed), torch.arange(shape[0]), shape[1:])
 
 
 def labels(n, classes, seed=0): return (numbers(n, seed=seed + 1000) * classes).long()
 
 
-def noise(n, seed=0, start=0): return streams.Noise(streams.key("tests", "noise", seed), torch.arange(start, start + n))
+def noise(n, seed=0, start=0): return rng.Noise(rng.key("tests", "noise", seed), torch.arange(start, start + n))
 
 
 def seeded(seed, make):

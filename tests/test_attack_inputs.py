@@ -8,12 +8,12 @@ from torch import nn
 from adaptive_at.attacks import FGSM, PGD, CrossEntropy, FriendlyPGD, KL, Margin, NoAttack, restarted, trusted
 from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.dra import DRA
+from adaptive_at.algorithms.dra import DRA
 from adaptive_at.evaluation import WhiteBox, evaluate, evaluation
-from adaptive_at.iaat import CrossingPGD, HalfRandomTargetPGD, RandomTargetPGD
-from adaptive_at.methods import Training, at
+from adaptive_at.algorithms.iaat import CrossingPGD, HalfRandomTargetPGD, RandomTargetPGD
+from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import NarrowResNet
-from adaptive_at.saat import StrengthAdaptivePGD
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import digits, noise, wavy
 

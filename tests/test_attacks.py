@@ -14,7 +14,7 @@ from torch import nn
 
 from adaptive_at.attacks import (FGSM, KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, Margin, NoAttack, NormalStart, UniformStart, gradient, per_example,
                                  project, restarted)
-from adaptive_at.iaat import RandomTargetPGD
+from adaptive_at.algorithms.iaat import RandomTargetPGD
 from helpers import buffers, labels, narrow, noise, numbers, same, seeded, wavy
 
 LOSSES = [CrossEntropy(), KL(), Margin(), Margin(0.)]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_at import inventory as inv
+from adaptive_at.store import audit as inv
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.evaluation import Transfer, evaluation
 from adaptive_at.attacks import PGD
-from adaptive_at.runs import Store
-from adaptive_at.seals import read_sealed, write_sealed
+from adaptive_at.store.runs import Store
+from adaptive_at.store.checksums import read_sealed, write_sealed
 
 from helpers import digits
 from test_cli import alone, cli, kept, outputs  # noqa: F401: a store of four runs, one of which a table needs
@@ -182,7 +182,7 @@ def refuses_to_prune(outputs, capsys, *says):  # noqa: F811
 
 
 def test_a_keep_list_that_is_cut_anywhere_offers_nothing(outputs, capsys):  # noqa: F811
-    from adaptive_at.tables import _note
+    from adaptive_at.tables.results import _note
     class Told:
         class parameters:
             def command(): return "x"

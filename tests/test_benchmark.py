@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
-from adaptive_at import benchmark, peers
+from adaptive_at.benchmark import measure as benchmark, other_libraries
 from adaptive_at.attacks import PGD, UniformStart, per_example, restarted
-from adaptive_at.benchmark import PARAMETERS, PARTS, Lap, Line, alternating, begin, draw, frame, listing, ratio, slope, timed, write
+from adaptive_at.benchmark.measure import Lap, Line, PARAMETERS, PARTS, alternating, begin, draw, frame, listing, ratio, slope, timed, write
 from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import AutoAttack, Images
 from adaptive_at.networks import NarrowResNet, frozen
-from adaptive_at.peers import at_loop, careful, pgd_loop, trades_careful, trades_loop, trades_wasteful, wasteful
+from adaptive_at.benchmark.other_libraries import at_loop, careful, pgd_loop, trades_careful, trades_loop, trades_wasteful, wasteful
 from helpers import labels, narrow, noise, numbers, wavy
 
 TINY = dict(network="narrow-4", batch="6", small="narrow-4", steps=2, repeats=2, warmup=0, epochs=1, examples=10, restarts=2, seeds=0, threads=1)
@@ -80,7 +80,7 @@ def test_operations_are_those_of_the_passes():
 
 def test_every_library_judges_alike():
     model, x, y = wavy(30, wrong=31)   # all of a class the model sees, near its boundaries
-    stand = {multi: peers.torchattacks_pgd(model, x, y, 0.02, 0.005, 10, 3, multi) for multi in (False, True)} | {"foolbox": peers.foolbox_pgd(model, x, y, 0.02, 0.005, 10, 3)}
+    stand = {multi: other_libraries.torchattacks_pgd(model, x, y, 0.02, 0.005, 10, 3, multi) for multi in (False, True)} | {"foolbox": other_libraries.foolbox_pgd(model, x, y, 0.02, 0.005, 10, 3)}
     stand["ours"] = restarted(PGD(0.005, 10), model, x, y, 0.02, noise(30), 3)[1]
     assert 0 < int(stand["ours"].sum()) < 29
     for flags in stand.values(): assert flags.dtype == torch.bool and (flags != stand["ours"]).sum() <= 3
@@ -133,7 +133,7 @@ def test_a_part_that_is_not_measured_stays(bench):
 
 
 def test_a_library_that_is_missing_is_named(bench, monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(other_libraries, "find_spec", lambda name: None)
     lines = benchmark.attacks(bench, narrow().eval(), tell=lambda line: None)
     needs = {line.way: line.note for line in lines if line.note}
     assert needs["PGD-20, torchattacks"] == "needs torchattacks: pip install 'adaptive_at[bench]'" and "foolbox" in needs["PGD-100x2, foolbox"]
@@ -171,5 +171,5 @@ def test_autoattack_called_directly_judges_as_ours():
     model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval(), numbers(20, 1, 8, 8)
     images = Images(x, model(x).argmax(1), torch.arange(20))
     with frozen(model):
-        direct, ours = peers.autoattack_direct(model, images.x, images.y, 0.02), AutoAttack(0.02).standing(model, images)
+        direct, ours = other_libraries.autoattack_direct(model, images.x, images.y, 0.02), AutoAttack(0.02).standing(model, images)
     assert direct.tolist() == ours.tolist() and 0 < int(ours.sum()) < 20

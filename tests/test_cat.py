@@ -9,10 +9,9 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import PGD, CleanStart, CrossEntropy
-from adaptive_at.cat import (CAT, CAT_VGG16, CAT_WRN34, CATAttack, Label, MixedCE, MixedCEv0, MixedLoss, SmoothedCE, SmoothedCrossEntropy,
-                             adp_adv, adv_ls, cat, cat_v0, cat_v2, dirichlet, margin)
-from adaptive_at.datasets import Batch
-from adaptive_at.methods import trades
+from adaptive_at.algorithms.cat import CAT, CATAttack, CAT_VGG16, CAT_WRN34, Label, MixedCE, MixedCEv0, MixedLoss, SmoothedCE, SmoothedCrossEntropy, adp_adv, adv_ls, cat, cat_v0, cat_v2, dirichlet, margin
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.baselines import trades
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.radius import Fixed, Setting
 from adaptive_at.training import train_step

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from adaptive_at.attacks import CrossEntropy, Margin, PGD, UniformStart
-from adaptive_at.cat import CAT_VGG16, CAT_WRN34, MixedCE, SmoothedCE, adp_adv, adv_ls, cat, cat_v0, cat_v2
+from adaptive_at.algorithms.cat import CAT_VGG16, CAT_WRN34, MixedCE, SmoothedCE, adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash
-from adaptive_at.datasets import CROP_FLIP
+from adaptive_at.data.datasets import CROP_FLIP
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, scores
-from adaptive_at.iaat import iaat
-from adaptive_at.methods import at, mart, natural, trades
+from adaptive_at.algorithms.iaat import iaat
+from adaptive_at.algorithms.baselines import at, mart, natural, trades
 from adaptive_at.papers import table1_cat, table1_daat, table3_cat, table4_cat, table5_cat, table6_cat
-from adaptive_at.parameters import COMMON, about, printed, start
-from adaptive_at.plans import Plan, Protocol, settle
-from adaptive_at.tables import Results, run
+from adaptive_at.tables.parameters import COMMON, about, printed, start
+from adaptive_at.tables.plan import Plan, Protocol, settle
+from adaptive_at.tables.results import Results, run
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
 TABLES = {t.TABLE.name: t.TABLE for t in (table1_cat, table3_cat, table4_cat, table5_cat, table6_cat)}

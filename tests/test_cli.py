@@ -13,22 +13,22 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adaptive_at import inventory as inv
+from adaptive_at.store import audit as inv
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, Transfer, evaluation
-from adaptive_at.exports import opened
-from adaptive_at.methods import Training, at, daat
+from adaptive_at.store.transfer import opened
+from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import TABLES, start
-from adaptive_at.plain import plain, scored
-from adaptive_at.plans import Needs, Plan, settle
-from adaptive_at.runs import Store
-from adaptive_at.seals import checksum
-from adaptive_at.stopping import Stopped
-from adaptive_at.tables import execute, run
+from adaptive_at.tables.parameters import TABLES, start
+from adaptive_at.pretrained import plain, scored
+from adaptive_at.tables.plan import Needs, Plan, settle
+from adaptive_at.store.runs import Store
+from adaptive_at.store.checksums import checksum
+from adaptive_at.jobs.interrupts import Stopped
+from adaptive_at.tables.results import execute, run
 from adaptive_at.training import Monitor, Run
 
 from helpers import digits, narrow

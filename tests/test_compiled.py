@@ -11,13 +11,13 @@ import torch
 from adaptive_at import compiled as module
 from adaptive_at.attacks import PGD, CrossEntropy, gradient
 from adaptive_at.compiled import PASSES, compiled, pays, twin
-from adaptive_at.methods import Training, at, daat, natural, trades
+from adaptive_at.algorithms.baselines import Training, at, daat, natural, trades
 from adaptive_at.networks import NETWORKS, NarrowResNet, ResNet18, fingerprint
-from adaptive_at.runs import Store
-from adaptive_at.saat import rice_at, saat_up
-from adaptive_at.tables import Results
+from adaptive_at.store.runs import Store
+from adaptive_at.algorithms.saat import rice_at, saat_up
+from adaptive_at.tables.results import Results
 from adaptive_at.training import Monitor, Run, State, threads, train
-from adaptive_at.weights import AT_AWP
+from adaptive_at.awp import AT_AWP
 from helpers import labels, narrow, numbers, random_data, same
 
 EPS = 0.1
@@ -204,7 +204,7 @@ def test_a_changed_path_is_recorded_and_told(tmp_path, monkeypatch, plain_graphs
         if "epoch   1" in line: raise Killed
     with pytest.raises(Killed): store.train(r, data, tell=tell)
     if older:   # as a run that was begun before paths were recorded
-        from adaptive_at.seals import write_sealed
+        from adaptive_at.store.checksums import write_sealed
         facts = store.facts(r)
         write_sealed(store.folder(r)/"spec.json", facts | {"made with": [{k: v for k, v in facts["made with"][0].items() if k != "path"}]})
     else: monkeypatch.setattr(module, "pays", lambda run, images, device: True)

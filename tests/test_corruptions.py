@@ -14,7 +14,9 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import nn
 
-from adaptive_at import corruptions, datasets as ds, streams
+from adaptive_at import corruptions
+from adaptive_at.data import datasets as ds
+from adaptive_at.base import rng
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.corruptions import (ALEXNET, COMMON, OFFICIAL, STANDARD, Computed, Corruption, MeanCorruptionError, Official, corrupt, samples, source)
@@ -69,7 +71,7 @@ def test_two_places_get_different_random_numbers(name):
 def test_a_large_colour_image_is_what_the_package_makes_of_it(name, severity):
     x = photos(2)
     for i, place in enumerate((7, 8)):
-        seed = streams.key("corruption", name, severity, place) % 2**32
+        seed = rng.key("corruption", name, severity, place) % 2**32
         np.random.seed(seed)
         options = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}
         theirs = imagecorruptions.corrupt(np.ascontiguousarray(x[i].permute(1, 2, 0).numpy()), severity, name, **options)
@@ -91,7 +93,7 @@ def test_enlarging_and_averaging_by_hand():
     for name in ("gaussian_noise", "defocus_blur", "frost"):
         got = corrupt(x, name, 2, torch.tensor([0, 1]))
         for i in range(2):
-            np.random.seed(streams.key("corruption", name, 2, i) % 2**32)
+            np.random.seed(rng.key("corruption", name, 2, i) % 2**32)
             theirs = imagecorruptions.corrupt(large[i], 2, name).astype(float)
             want = np.array([[theirs[4 * r:4 * r + 4, 4 * c:4 * c + 4].mean() for c in range(8)] for r in range(8)])
             assert np.abs(got[i, 0].numpy() - want).max() <= 0.5
@@ -100,7 +102,7 @@ def test_enlarging_and_averaging_by_hand():
 def test_where_no_drop_falls_the_image_stays():
     "At this place the package's own `spatter` divides 0 by 0 and casts NaN to a pixel."
     x, place = photos(1), 77
-    np.random.seed(streams.key("corruption", "spatter", 1, place) % 2**32)
+    np.random.seed(rng.key("corruption", "spatter", 1, place) % 2**32)
     with np.errstate(invalid="raise"), pytest.raises(FloatingPointError):
         imagecorruptions.corrupt(np.ascontiguousarray(x[0].permute(1, 2, 0).numpy()), 1, "spatter")
     assert torch.equal(corrupt(x, "spatter", 1, torch.tensor([place])), x)

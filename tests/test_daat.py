@@ -3,14 +3,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from adaptive_at import datasets
+from adaptive_at.data import datasets
 from adaptive_at.attacks import PGD
 from adaptive_at.evaluation import pack
-from adaptive_at.methods import Training, at, daat, fat
+from adaptive_at.algorithms.baselines import Training, at, daat, fat
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.papers.table1_daat import TABLE, fixed
-from adaptive_at.plans import Protocol
-from adaptive_at.tables import smaller
+from adaptive_at.tables.plan import Protocol
+from adaptive_at.tables.results import smaller
 from adaptive_at.training import Monitor, Run, State, threads, train
 
 EPS = 0.25
@@ -81,7 +81,7 @@ class Stored:
     "Stands for a plan and its results: fixed verdicts per row."
     def __init__(self, folder, **verdicts):
         from types import SimpleNamespace as Name
-        from adaptive_at.tables import Results
+        from adaptive_at.tables.results import Results
         self.results = object.__new__(Results)
         block = Name(info=Name(name="digits", label="digits"))
         self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoints=("last",)), named=lambda block: "digits", folder=folder, whole=lambda: self.results.plan)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import archives
-from adaptive_at import datasets as ds
+from adaptive_at.data import datasets as ds
 from adaptive_at.base.errors import UserError
 
 
@@ -88,7 +88,7 @@ def test_the_checksums_and_classes_are_torchvisions():
 
 def test_another_process_takes_the_tiny_archives_for_the_official_ones(tmp_path):
     env = archives.environment(tmp_path / "data")
-    code = ("import sys, adaptive_at.datasets as ds\n"
+    code = ("import sys, adaptive_at.data.datasets as ds\n"
             "assert not {'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules)   # cheap to import\n"
             "for name in ('cifar10', 'cifar100', 'svhn', 'mnist'): print(len(ds.load(name, sys.argv[1]).train), ds.info(name, '').n_train)")
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], env=env, capture_output=True, text=True)

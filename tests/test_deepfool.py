@@ -12,7 +12,7 @@ from adaptive_at.attacks import PGD, project, per_example
 from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool, rivals
 from adaptive_at.evaluation import Images, WhiteBox
-from adaptive_at.datasets import to_unit
+from adaptive_at.data.datasets import to_unit
 from helpers import buffers, digits, narrow, noise, numbers, robust_digits, same, wavy
 
 

@@ -13,16 +13,14 @@ from adaptive_at.attacks import KL, NormalStart, PGD, UniformStart
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.base.schedules import in_epoch
-from adaptive_at.datasets import Batch
-from adaptive_at.dra import (CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, accuracy, calibrate, decaying, dra_finetune,
-                             dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, on_mnist, pgd_finetune, significant,
-                             success, trades_dra, trades_pgd)
-from adaptive_at.methods import Training, at, mart, natural, trades
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, accuracy, calibrate, decaying, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, on_mnist, pgd_finetune, significant, success, trades_dra, trades_pgd
+from adaptive_at.algorithms.baselines import Training, at, mart, natural, trades
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.objectives import TRADES, AdversarialCE
-from adaptive_at.plans import Row
+from adaptive_at.tables.plan import Row
 from adaptive_at.radius import Fixed
-from adaptive_at.runs import Store
+from adaptive_at.store.runs import Store
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from helpers import buffers, labels, narrow, noise, numbers, random_data, same, wavy
 

@@ -6,21 +6,21 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from adaptive_at import datasets
+from adaptive_at.data import datasets
 from adaptive_at.attacks import KL, NormalStart, PGD
 from adaptive_at.base.identity import spec_hash
-from adaptive_at.datasets import Augment
-from adaptive_at.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
+from adaptive_at.data.datasets import Augment
+from adaptive_at.algorithms.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
 from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, unpack, wilson
-from adaptive_at.methods import MART_RESNET18, Training, at, mart, natural, trades
+from adaptive_at.algorithms.baselines import MART_RESNET18, Training, at, mart, natural, trades
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import MART, TRADES
 from adaptive_at.papers.table3_dra import calibration, fig3
 from adaptive_at.papers.table4_dra import ATTACKED, SHARES, attack, fig4, success_rate
-from adaptive_at.parameters import start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.streams import Noise, key
-from adaptive_at.tables import Results, execute, replaced
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.base.rng import Noise, key
+from adaptive_at.tables.results import Results, execute, replaced
 
 from helpers import digits, robust_digits
 
@@ -70,7 +70,7 @@ def test_table_1_on_mnist_attacks_as_trades_script_does(tmp_path):
 
 @pytest.mark.parametrize("n, measured, how", [(1, False, "on one GPU, other networks by their operations (this CPU takes far longer)"), (2, True, "measured on this device")])
 def test_on_a_cpu_mnists_networks_train_side_by_side_at_the_measured_cost_and_a_gpus_cost_is_named_as_such(tmp_path, monkeypatch, capsys, n, measured, how):
-    monkeypatch.setattr("adaptive_at.plans.cores", lambda: 3)
+    monkeypatch.setattr("adaptive_at.tables.plan.cores", lambda: 3)
     plan = planned(n, tmp_path)
     assert plan.measured() == measured and plan.workers(plan.blocks[-1]) == 3
     plan.show()

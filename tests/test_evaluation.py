@@ -14,11 +14,11 @@ from pyautoattack.square import SquareAttack
 from scipy.stats import binomtest, norm
 from torch import nn
 
-from adaptive_at import datasets as ds
+from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import FGSM, PGD, Margin, UniformStart
 from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, mean_interval, pack, paired, unpack, wilson)
 from adaptive_at.networks import fingerprint
-from adaptive_at.tables import Results
+from adaptive_at.tables.results import Results
 from helpers import digits, narrow, numbers, random_data, robust_digits, same, short_autoattack, wavy
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_at import inventory, plans, tables
+from adaptive_at.store import audit
+from adaptive_at.tables import plan as plans, results as tables
 from adaptive_at.base import files
 from adaptive_at.__main__ import main
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.files import locked, read_json, replacing, write_json, write_text
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import start
-from adaptive_at.runs import Store
+from adaptive_at.tables.parameters import start
+from adaptive_at.store.runs import Store
 
 from helpers import digits
 from test_interrupted import spec
@@ -260,7 +261,7 @@ def test_a_read_only_store_can_be_viewed(read_only):
         return json.dumps([len(plan.store.history(run)), sorted(plan.store.facts(run)), plan.verdict(block, "Natural", "natural", 0)["n"], len(plan.store.radius(run)["eps"]) > 0, model.training])
     view()   # what is imported late is imported by now
     assert json.loads(as_nobody(view)) == [1, ["best", "history", "made with", "run", "weights"], 20, True, False]
-    for arguments in (["list"], ["show", inventory.everything(read_only)[0].id], ["verify"]):
+    for arguments in (["list"], ["show", audit.everything(read_only)[0].id], ["verify"]):
         assert as_nobody(lambda: main(["runs", *arguments, "--outputs", str(read_only)])) == "0", arguments
 
 

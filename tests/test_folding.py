@@ -9,9 +9,9 @@ from torch import nn
 from adaptive_at import networks as nets
 from adaptive_at.attacks import FGSM, PGD, CleanStart, FriendlyPGD
 from adaptive_at.evaluation import AutoAttack, Column, Transfer, WhiteBox, evaluate, evaluation
-from adaptive_at.methods import Training, at
+from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import BasicBlock, Classifier, NarrowResNet, folded, normed_convolutions, approve_folding
-from adaptive_at.saat import StrengthAdaptivePGD
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import labels, narrow, numbers, random_data, seeded, short_autoattack
 

@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 
 from adaptive_at.base.errors import UserError
-from adaptive_at.dra import dra_finetune
-from adaptive_at.frontier import cost, draw, front, listing, measure, trained
-from adaptive_at.methods import Training, at, natural, trades
+from adaptive_at.algorithms.dra import dra_finetune
+from adaptive_at.tables.frontier import cost, draw, front, listing, measure, trained
+from adaptive_at.algorithms.baselines import Training, at, natural, trades
 from adaptive_at.networks import NarrowResNet
-from adaptive_at.parameters import start
-from adaptive_at.plans import settle
-from adaptive_at.tables import run
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import settle
+from adaptive_at.tables.results import run
 from adaptive_at.attacks import PGD
 from adaptive_at.training import Monitor, Run
-from adaptive_at.weights import AT_AWP
+from adaptive_at.awp import AT_AWP
 
 TINY = dict(preset="quick", device="cpu", epochs=1, train_examples=300, test_examples=10)
 

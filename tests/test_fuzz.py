@@ -6,10 +6,10 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from adaptive_at import datasets
+from adaptive_at.data import datasets
 from adaptive_at.base.errors import UserError
-from adaptive_at.parameters import COMMON, TABLES, about, start
-from adaptive_at.plans import Plan, settle
+from adaptive_at.tables.parameters import COMMON, TABLES, about, start
+from adaptive_at.tables.plan import Plan, settle
 
 WORDS = ["", " ", ",", "all", "auto", "quick", "fast", "paper", "digits", "cifar10", "cifar100,svhn", "mnist", "imagenet", "imagefolder:nowhere", "imagefolder:", "natural", "clean,AA", "Natural", "Standard AT,DAAT", "AT (",
          "PGD-20", "main", "none", "fig2,fig3", "cpu", "cuda", "cuda:7", "mps", "tpu", "fp32", "bf16", "narrow", "local", "ray", "resnet18", "wrn34-10", "data", "/proc/nowhere", "../..", "a\0b", "~", "é☃", "None", "0"]

@@ -7,15 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adaptive_at import figures, runs
+from adaptive_at import figures
+from adaptive_at.store import runs
 from adaptive_at.base.errors import UserError
 from adaptive_at.figures import Html, lines_of, number, styled, tag
 from adaptive_at.papers import table1_saat, table1_cat
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import start
-from adaptive_at.plans import Needs, Plan, settle
-from adaptive_at.seals import read_sealed, write_sealed
-from adaptive_at.tables import Results, execute
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Needs, Plan, settle
+from adaptive_at.store.checksums import read_sealed, write_sealed
+from adaptive_at.tables.results import Results, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG = "<script>alert('x')</script>"
@@ -97,8 +98,7 @@ def test_one_function_makes_html_of_text():
     "No other place styles a frame, or gives a page or a notebook HTML of its own. (Lessons hide the index of a few frames of constants.)"
     makes = re.compile(r"(?<!formats)\.style\b(?!\.hide)|\.to_html\(|_repr_html_|\bHTML\(|\bMarkdown\(|f['\"][^'\"]*</?(?:b|i|br|sup|sub|span|code|a|img|div)\b")
     sources = {path.name: path.read_text(encoding="utf-8")
-               for path in [*ROOT.glob("adaptive_at/*.py"), *ROOT.glob("adaptive_at/papers/*.py"),
-                            *ROOT.glob("nbs/*.ipynb")] if "figures" not in path.name}
+               for path in [*ROOT.glob("adaptive_at/**/*.py"), *ROOT.glob("nbs/**/*.ipynb")] if "figures" not in path.name}
     assert len(sources) > 100
     found = {name: lines for name, text in sources.items()
              if (lines := [line for line in text.splitlines() if makes.search(line) and "image/png" not in line])}

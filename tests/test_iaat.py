@@ -12,13 +12,12 @@ from torch import nn
 from adaptive_at.attacks import PGD, CleanStart, UniformStart, per_example
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.base.schedules import in_epoch
-from adaptive_at.datasets import Batch
-from adaptive_at.iaat import (EIGHT, IAAT, IAAT_RESNET18, IAAT_WRN, SIXTEEN, CrossingPGD, HalfRandomTargetPGD, MixupCE, PerRun, RandomTargetPGD, iaat, iaat_baseline,
-                              imagenet_baseline, imagenet_iaat, imagenet_training, mixing, mixup_at, other_class)
-from adaptive_at.methods import Method, Training
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.iaat import CrossingPGD, EIGHT, HalfRandomTargetPGD, IAAT, IAAT_RESNET18, IAAT_WRN, MixupCE, PerRun, RandomTargetPGD, SIXTEEN, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, imagenet_training, mixing, mixup_at, other_class
+from adaptive_at.algorithms.baselines import Method, Training
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.radius import Fixed, Setting
-from adaptive_at.streams import Noise, key
+from adaptive_at.base.rng import Noise, key
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from helpers import OneLayer, labels, narrow, noise, numbers, random_data, same, wavy
 

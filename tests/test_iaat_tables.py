@@ -9,15 +9,15 @@ from matplotlib import colors, pyplot as plt
 
 from adaptive_at.attacks import PGD
 from adaptive_at.base.schedules import in_epoch
-from adaptive_at.datasets import Augment
+from adaptive_at.data.datasets import Augment
 from adaptive_at.evaluation import WhiteBox
 from adaptive_at.figures import PALETTE
-from adaptive_at.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, SIXTEEN, RandomTargetPGD, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
-from adaptive_at.methods import natural
+from adaptive_at.algorithms.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, RandomTargetPGD, SIXTEEN, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
+from adaptive_at.algorithms.baselines import natural
 from adaptive_at.papers import table1_iaat, table3_iaat
-from adaptive_at.parameters import start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.tables import run
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.results import run
 
 CIFAR = (1, 2, 4, 5, 6)
 ATTACKED = "natural,PGD-10x5,PGD-100x5,PGD-1000x2,transfer PGD-1000"

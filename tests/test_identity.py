@@ -12,7 +12,7 @@ from adaptive_at.attacks import PGD
 from adaptive_at.base import identity
 from adaptive_at.base.identity import HOMES, PIECES, declared, from_spec, piece, qualified, spec_field, spec_hash, to_spec
 from adaptive_at.base.source import pieces_of
-from adaptive_at.methods import at
+from adaptive_at.algorithms.baselines import at
 from adaptive_at.radius import DAAT
 from committed import ROOT, notebooks, plan, planned, printed, recorded_data, runs
 

@@ -14,16 +14,17 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from adaptive_at import datasets as ds, training
+from adaptive_at.data import datasets as ds
+from adaptive_at import training
 from adaptive_at.attacks import PGD
-from adaptive_at.datasets import balanced
+from adaptive_at.data.datasets import balanced
 from adaptive_at.figures import embeddings, styled
-from adaptive_at.methods import Training, at
+from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import MNISTCNN, VGG16, NarrowResNet, Network
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.tables import Results
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.results import Results
 from adaptive_at.training import Monitor, Run, State, check_batches, train
 from helpers import digits
 from test_datasets import refused

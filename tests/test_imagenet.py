@@ -11,11 +11,12 @@ from torch import nn
 from torchvision import datasets as tvd, transforms as tvt
 from torchvision.transforms import functional as tvf
 
-from adaptive_at import datasets as ds, streams
+from adaptive_at.data import datasets as ds
+from adaptive_at.base import rng
 from adaptive_at.attacks import PGD
 from adaptive_at.corruptions import MeanCorruptionError, samples
 from adaptive_at.evaluation import AutoAttack, Clean, Images, WhiteBox, evaluate, evaluation
-from adaptive_at.methods import Training, at, daat
+from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import Network, pooled
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import numbers, same
@@ -107,9 +108,9 @@ def test_importing_and_planning_reads_nothing(tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_without_images(tmp_path, capsys):
-    from adaptive_at.parameters import start
+    from adaptive_at.tables.parameters import start
     from adaptive_at.papers.table1_daat import TABLE
-    from adaptive_at.plans import Plan, settle
+    from adaptive_at.tables.plan import Plan, settle
     asked = dict(preset="paper", datasets="imagenet", network="imagenet-resnet50", device="cpu", rows="Standard AT", columns="natural", figures="none", outputs=str(tmp_path), data_root=str(tmp_path))
     plan = Plan(TABLE, settle(start(TABLE.name, asked | dict(dry_run=True))))
     assert "ImageNet" in plan.show().to_html() and plan.blocks[0].runs["Standard AT"][0].augment == ds.ResizedCrop()
@@ -192,7 +193,7 @@ def test_boxes_are_those_of_torchvision(monkeypatch):
     for i in range(400):
         width, height = (int(n) for n in (20 + 480 * numbers(2, seed=i)).tolist())
         if i % 4 == 0: width, height = 20, height   # tall ones, to which few boxes fit
-        ours = streams.uniform(streams.key("boxes"), torch.tensor([i]), (40,))[0].tolist()
+        ours = rng.uniform(rng.key("boxes"), torch.tensor([i]), (40,))[0].tolist()
         tried = [ours[k:k + 4] for k in range(0, 40, 4)]
         t, l, h, w = crop.box(width, height, ours)
         fits = next((k for k in range(10) if crop.box(width, height, tried[k]) != crop.box(width, height, [])), 10)
@@ -217,7 +218,7 @@ def test_crops_show_the_box_and_flips_mirror_it(root):
     crop, image = ds.ResizedCrop(), picture((300, 200), 5)
     flipped = 0
     for i in range(40):
-        flip, *draws = streams.uniform(streams.key("crops"), torch.tensor([i]), (41,))[0].tolist()
+        flip, *draws = rng.uniform(rng.key("crops"), torch.tensor([i]), (41,))[0].tolist()
         t, l, h, w = crop.box(300, 200, draws)
         seen = tvf.pil_to_tensor(image.crop((l, t, l + w, t + h)).resize((224, 224), Image.Resampling.BILINEAR))
         got = tvf.pil_to_tensor(crop.crop(image, [flip, *draws]))
@@ -245,7 +246,7 @@ def test_batches_hold_the_right_images(root, monkeypatch):
         assert sorted(torch.cat([b.index for b in plain]).tolist()) == subset.tolist() and [len(b.y) for b in plain] == [3, 3, 1]
         for b in plain: assert torch.equal(b.x, ds.to_unit(x[b.index])) and torch.equal(b.y, data.train.y[b.index])
         for b in ds.batches(data.train, 5, 1, ds.ResizedCrop(), drop_last=True):
-            assert torch.equal(b.x, ds.to_unit(ds.ResizedCrop().read(data.train.x, b.index, streams.key(1, "augment")))) and torch.equal(b.y, data.train.y[b.index])
+            assert torch.equal(b.x, ds.to_unit(ds.ResizedCrop().read(data.train.x, b.index, rng.key(1, "augment")))) and torch.equal(b.y, data.train.y[b.index])
 
 
 @pytest.mark.parametrize("n", [0, 2])

@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from adaptive_at import inventory as inv
+from adaptive_at.store import audit as inv
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.base.files import slug
 from adaptive_at.networks import fingerprint
-from adaptive_at.runs import Store, fingerprint_of
-from adaptive_at.seals import checksum
+from adaptive_at.store.runs import Store, fingerprint_of
+from adaptive_at.store.checksums import checksum
 from adaptive_at.training import concerns
 
 from helpers import digits
@@ -27,7 +27,7 @@ PIECE = {"piece": "adaptive_at.attacks.PGD", "version": 1}
 @pytest.fixture(scope="module")
 def mine(kept, tmp_path_factory):  # noqa: F811
     "A finished run as a file, and the store it is of."
-    from adaptive_at.exports import export
+    from adaptive_at.store.transfer import export
     store, path = Store(kept/"runs"), tmp_path_factory.mktemp("exported")/"mine.safetensors"
     export(store.folder(alone(7)), path)
     return store, path
@@ -324,5 +324,5 @@ def test_the_corpus_is_large_enough(): assert len(REFUSED) + len(TAKEN) >= 60
 
 
 def test_the_schemas_are_imported_by_the_import_command_alone():
-    code = "import sys, adaptive_at.exports, adaptive_at.inventory, adaptive_at.tables, adaptive_at.__main__; print('msgspec' in sys.modules)"
+    code = "import sys, adaptive_at.store.transfer, adaptive_at.store.audit, adaptive_at.tables.results, adaptive_at.__main__; print('msgspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -19,22 +19,26 @@ import pytest
 import torch
 
 from adaptive_at.base import files
-from adaptive_at import plans, runs, streams, training, workers
+from adaptive_at.tables import plan as plans
+from adaptive_at.store import runs
+from adaptive_at.base import rng
+from adaptive_at import training
+from adaptive_at.jobs import pool
 from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import Busy, UserError
 from adaptive_at.base.files import Heartbeat, locked
-from adaptive_at.datasets import CROP_FLIP
+from adaptive_at.data.datasets import CROP_FLIP
 from adaptive_at.evaluation import Column, WhiteBox, evaluate, evaluation
-from adaptive_at.methods import Training, at, daat
+from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.runs import Store
-from adaptive_at.stopping import Stopped, patiently
-from adaptive_at.tables import execute, run as run_table
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.store.runs import Store
+from adaptive_at.jobs.interrupts import Stopped, patiently
+from adaptive_at.tables.results import execute, run as run_table
 from adaptive_at.training import Monitor, Run, State, concerns, train
-from adaptive_at.workers import side_by_side
+from adaptive_at.jobs.pool import side_by_side
 from fingerprints import METHODS
 from helpers import OneLayer, digits, random_data, robust_digits
 
@@ -198,7 +202,7 @@ def test_ctrl_c_in_a_step_that_takes_too_long_keeps_the_last_checkpoint(kept, tm
 
 
 def test_ctrl_c_reaches_the_workers_and_what_they_say_is_heard(monkeypatch):
-    monkeypatch.setattr(workers, "LONGEST", 60.)
+    monkeypatch.setattr(pool, "LONGEST", 60.)
     def job(tell):
         with patiently(60.) as asked:
             tell("begun")
@@ -430,6 +434,6 @@ def test_going_on_does_not_depend_on_what_else_the_process_does(name):
 
 @pytest.mark.parametrize("generator", [lambda n: torch.randperm(n), lambda n: torch.from_numpy(np.random.permutation(n)), lambda n: torch.tensor(random.sample(range(n), n))], ids=["torch", "numpy", "random"])
 def test_an_order_from_a_global_generator_would_be_noticed(generator, monkeypatch):
-    monkeypatch.setattr(streams, "permutation", lambda key, n, device="cpu": generator(n))
+    monkeypatch.setattr(rng, "permutation", lambda key, n, device="cpu": generator(n))
     again, whole = disturbed_twice("fat")
     assert not equal(again, whole)

@@ -18,15 +18,16 @@ import psutil
 import pytest
 import torch
 
-from adaptive_at import launch, plans
+from adaptive_at.jobs import ray_jobs
+from adaptive_at.tables import plan as plans
 from adaptive_at.base import identity
 from adaptive_at.base.errors import UserError
-from adaptive_at.launch import Job, in_order, joined, machines, on_ray, on_this_machine, resources
+from adaptive_at.jobs.ray_jobs import Job, in_order, joined, machines, on_ray, on_this_machine, resources
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.parameters import start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.stopping import Stopped, patiently
-from adaptive_at.tables import _jobs, execute, run
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.jobs.interrupts import Stopped, patiently
+from adaptive_at.tables.results import _jobs, execute, run
 from helpers import contents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def test_ray_on_this_machine_listens_on_this_machine_only(ray):
 def test_ray_on_this_machine_asks_for_its_token(ray):
     address = ray.get_runtime_context().gcs_address
     wrong = dict(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
-    tried = subprocess.run([sys.executable, "-c", launch.JOINS, address], env=os.environ | ALONE | wrong, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    tried = subprocess.run([sys.executable, "-c", ray_jobs.JOINS, address], env=os.environ | ALONE | wrong, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert tried.returncode != 0 and "authentication" in tried.stderr.lower(), tried.stderr[-500:]
 
 
@@ -92,7 +93,7 @@ def test_ray_on_this_machine_asks_for_its_token(ray):
 def test_a_ray_that_others_can_reach_is_not_used(address, monkeypatch):
     class Open:
         def nodes(self): return [{"NodeManagerAddress": "127.0.0.1"}, {"NodeManagerAddress": address}]
-    said = sentence(launch.check_loopback, Open())
+    said = sentence(ray_jobs.check_loopback, Open())
     assert address in said and "this machine" in said
 
 
@@ -211,10 +212,10 @@ SCRIPT = """
     import sys
     from dataclasses import dataclass, replace
     import torch
-    from adaptive_at.methods import at
+    from adaptive_at.algorithms.baselines import at
     from adaptive_at.papers.table1_daat import TABLE
     from adaptive_at.radius import RadiusRule
-    from adaptive_at.tables import run
+    from adaptive_at.tables.results import run
 
     LEAST = 0.5
 
@@ -283,7 +284,7 @@ def interrupt(times, said):
 
 
 def test_ctrl_c_lets_tasks_save_and_ends_those_that_wait(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST", 60.)
+    monkeypatch.setattr(ray_jobs, "LONGEST", 60.)
     said, first = [], Job(Waits(True))
     with pytest.raises(Stopped, match="^stopped; run the same command again, it goes on from there$"):
         on_ray([first, Job(Waits(True)), Job(Waits(True), after=(first,))], "", "cpu", tmp_path, interrupt(2, said))
@@ -291,7 +292,7 @@ def test_ctrl_c_lets_tasks_save_and_ends_those_that_wait(ray, tmp_path, monkeypa
 
 
 def test_ctrl_c_ends_a_task_that_takes_too_long(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST", 0.5)
+    monkeypatch.setattr(ray_jobs, "LONGEST", 0.5)
     began, said = [], []
     with pytest.raises(Stopped): on_ray([Job(Waits(False))], "", "cpu", tmp_path, interrupt(1, said))
     for _ in range(100):
@@ -313,11 +314,11 @@ def test_a_process_that_is_interrupted_ends(opening, tmp_path, monkeypatch):
     "It may have been importing, here or in the midst of its work: Ray would give it the next task, and half of numpy cannot be imported again."
     monkeypatch.setattr(os, "_exit", lambda status: sys.exit(f"ended with {status}"))
     monkeypatch.setattr("ray.get", lambda refs: None)
-    with pytest.raises(SystemExit, match="ended with 1"): launch._work(Interrupted(opening), 1, "cpu", tmp_path, None)
+    with pytest.raises(SystemExit, match="ended with 1"): ray_jobs._work(Interrupted(opening), 1, "cpu", tmp_path, None)
 
 
 def test_a_stopped_table_goes_on(ray, serial, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST", 60.)
+    monkeypatch.setattr(ray_jobs, "LONGEST", 60.)
     said, sent = [], []
     def tell(line):
         said.append(line)
@@ -357,7 +358,7 @@ class Dies:
 
 
 def test_a_task_that_always_dies_is_given_up(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "RETRIES", 1)
+    monkeypatch.setattr(ray_jobs, "RETRIES", 1)
     with pytest.raises(UserError, match="^training of DAAT: Ray could not finish the task .*run the same command again, it goes on where it stopped.$"):
         on_ray([Job(Dies(), name="training of DAAT")], "", "cpu", tmp_path, lambda line: None)
 
@@ -370,7 +371,7 @@ def sentence(call, *args, **kwargs):
 
 
 def test_ray_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_jobs, "find_spec", lambda name: None)
     assert 'pip install "adaptive_at[cluster]"' in sentence(planned, tmp_path/"outputs")
     assert not list(tmp_path.iterdir())
 
@@ -384,7 +385,7 @@ def test_parameters_that_do_not_go_together(parameters, parts, tmp_path):
 
 
 def test_no_cluster_at_an_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "PATIENCE", 20.)
+    monkeypatch.setattr(ray_jobs, "PATIENCE", 20.)
     monkeypatch.setattr("ray.is_initialized", lambda: False)   # other tests have joined one
     began = time.monotonic()
     said = sentence(execute, planned(tmp_path/"outputs", address="127.0.0.1:1"), lambda line: None)
@@ -404,7 +405,7 @@ def test_a_cluster_of_small_machines(ray):
 
 def test_a_gpu_that_the_workers_pytorch_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "does not see the GPU" in sentence(launch._work, None, 1, "cuda", tmp_path, None)
+    assert "does not see the GPU" in sentence(ray_jobs._work, None, 1, "cuda", tmp_path, None)
 
 
 def test_a_folder_that_is_not_shared(ray, tmp_path):
@@ -421,22 +422,22 @@ def test_a_folder_that_is_not_shared(ray, tmp_path):
 
 
 def test_a_machine_that_comes_later_and_does_not_see_the_folder(tmp_path):
-    said = sentence(launch._work, None, 1, "cpu", tmp_path/"elsewhere", None)
+    said = sentence(ray_jobs._work, None, 1, "cpu", tmp_path/"elsewhere", None)
     assert "outputs is" in said and not (tmp_path/"elsewhere").exists()
 
 
 def test_another_version_over_there(tmp_path):
-    sent = launch.Sent(pickle.dumps(Job(Long(), specs=(1,))), "f00", {}, ())
-    assert "another version" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
+    sent = ray_jobs.Sent(pickle.dumps(Job(Long(), specs=(1,))), "f00", {}, ())
+    assert "another version" in sentence(ray_jobs._work, sent, 1, "cpu", tmp_path, None)
 
 
 def test_a_module_that_is_not_over_there(tmp_path, monkeypatch):
     (tmp_path/"mine_alone.py").write_text("def work(tell): pass")
     with monkeypatch.context() as m:
         m.syspath_prepend(tmp_path)
-        sent = launch.Sent(pickle.dumps(Job(importlib.import_module("mine_alone").work)), "", {}, ())
+        sent = ray_jobs.Sent(pickle.dumps(Job(importlib.import_module("mine_alone").work)), "", {}, ())
     m.delitem(sys.modules, "mine_alone")
-    assert "cannot import mine_alone (No module named 'mine_alone'); install it there" in sentence(launch._work, sent, 1, "cpu", tmp_path, None)
+    assert "cannot import mine_alone (No module named 'mine_alone'); install it there" in sentence(ray_jobs._work, sent, 1, "cpu", tmp_path, None)
 
 
 # A notebook

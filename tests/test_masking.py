@@ -8,12 +8,12 @@ from torch import nn
 from adaptive_at.attacks import FGSM, PGD, Margin
 from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.dra import DRA
-from adaptive_at.doubts import doubts, of_facts
+from adaptive_at.algorithms.dra import DRA
+from adaptive_at.tables.warnings import doubts, of_facts
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation
-from adaptive_at.inventory import _accuracy
+from adaptive_at.store.audit import _accuracy
 from adaptive_at.masking import attacked_gradients
-from adaptive_at.plain import scored
+from adaptive_at.pretrained import scored
 from helpers import digits, numbers, short_autoattack
 from zoo import EPS, LATER_MASKED, LATER_SOUND, MASKED, SOUND, Backward, before, natural, robust
 

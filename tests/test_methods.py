@@ -6,20 +6,20 @@ import pytest
 
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
-from adaptive_at.cat import CAT, CATAttack, adp_adv, adv_ls, cat, cat_v0, cat_v2
+from adaptive_at.algorithms.cat import CAT, CATAttack, adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.base.schedules import Milestones, Ramp, in_epoch
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import to_spec
-from adaptive_at.datasets import Augment
+from adaptive_at.data.datasets import Augment
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
+from adaptive_at.algorithms.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
 from adaptive_at.evaluation import AutoAttack, Transfer, WhiteBox
-from adaptive_at.iaat import IAAT, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
-from adaptive_at.methods import (DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit)
+from adaptive_at.algorithms.iaat import IAAT, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
+from adaptive_at.algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit
 from adaptive_at.networks import MNISTCNN, NarrowResNet, WideResNet
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
-from adaptive_at.saat import StrengthAdaptivePGD, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import Monitor
 
 pytestmark = pytest.mark.trains

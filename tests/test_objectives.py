@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from adaptive_at.datasets import Batch
+from adaptive_at.data.datasets import Batch
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from helpers import buffers, labels, narrow, numbers, same, wavy
 

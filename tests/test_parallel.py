@@ -8,24 +8,26 @@ import psutil
 import pytest
 import torch
 
-from adaptive_at import datasets, parallel, plans
+from adaptive_at.data import datasets
+from adaptive_at.jobs import distributed
+from adaptive_at.tables import plan as plans
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
-from adaptive_at.cat import cat_v2
+from adaptive_at.algorithms.cat import cat_v2
 from adaptive_at.base.identity import foreign_modules, from_spec, spec_hash, to_spec
 from adaptive_at.base.files import write_json
-from adaptive_at.iaat import iaat, imagenet_iaat, mixup_at
-from adaptive_at.methods import Training, at, daat, mart
+from adaptive_at.algorithms.iaat import iaat, imagenet_iaat, mixup_at
+from adaptive_at.algorithms.baselines import Training, at, daat, mart
 from adaptive_at.networks import MNISTCNN, NarrowResNet
-from adaptive_at.parallel import Together, enough, launched, undivided
+from adaptive_at.jobs.distributed import Together, enough, launched, undivided
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.papers.table3_iaat import TABLE as IMAGENET
 from adaptive_at.radius import RadiusRule
-from adaptive_at.runs import Store
-from adaptive_at.stopping import Stopped
-from adaptive_at.tables import run as run_table
+from adaptive_at.store.runs import Store
+from adaptive_at.jobs.interrupts import Stopped
+from adaptive_at.tables.results import run as run_table
 from adaptive_at.training import Monitor, Run, State, train
-from adaptive_at.weights import AWP
+from adaptive_at.awp import AWP
 from helpers import digits
 from test_datasets import refused
 from test_imagenet import root  # noqa: F401: a tiny ImageNet
@@ -51,7 +53,7 @@ RUNS = {
 # Processes, as torchrun starts them
 
 CONTEXT = multiprocessing.get_context("forkserver")   # children of one process that has imported all
-CONTEXT.set_forkserver_preload("adaptive_at.__main__ adaptive_at.papers.table1_daat adaptive_at.inventory sklearn.datasets torch._dynamo pytest".split())
+CONTEXT.set_forkserver_preload("adaptive_at.__main__ adaptive_at.papers.table1_daat adaptive_at.store.audit sklearn.datasets torch._dynamo pytest".split())
 
 
 def work(rank, size, port, log, arguments, before):
@@ -127,7 +129,7 @@ def stopping(rank):
     asked = iter(range(10**6))
     @contextmanager
     def soon(): yield lambda: next(asked) >= 4
-    parallel.patiently = soon
+    distributed.patiently = soon
 
 
 @pytest.mark.parametrize("name", ["daat", "iaat"])
@@ -288,7 +290,7 @@ def test_a_table_trains_it_with_one_process_and_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("processes, device, parts", [
     (3, "cpu", ["gpus_per_run is 3", "2 cores", "choose 2 at most"]), (2, "cuda", ["gpus_per_run is 2", "0 CUDA devices"]), (2, "cuda:1", ["'cuda:1'", "CUDA_VISIBLE_DEVICES"]), (2, "mps", ["'mps'"])])
 def test_more_processes_than_devices(processes, device, parts, monkeypatch):
-    monkeypatch.setattr(parallel, "cores", lambda: 2)
+    monkeypatch.setattr(distributed, "cores", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = refused(enough, "gpus_per_run", processes, device)
     assert all(part in text for part in parts) and text.count(".") == 1 + text.count(". "), text

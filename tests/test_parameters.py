@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import yaml
 
-from adaptive_at import datasets, networks, streams
+from adaptive_at.data import datasets
+from adaptive_at import networks
+from adaptive_at.base import rng
 from adaptive_at.__main__ import main
 from adaptive_at.attacks import PGD
-from adaptive_at.benchmark import begin
-from adaptive_at.cat import cat
+from adaptive_at.benchmark.measure import begin
+from adaptive_at.algorithms.cat import cat
 from adaptive_at.base.schedules import Milestones
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.base.files import user_path
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import Clean, evaluation
-from adaptive_at.methods import Training, at, daat
-from adaptive_at.parameters import COMMON, start
+from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.tables.parameters import COMMON, start
 from adaptive_at.training import Monitor, Run, State
 
 from helpers import OneLayer, random_data
@@ -86,8 +88,8 @@ def test_a_run_of_numpy_s_numbers_is_the_same_run(number, whole):
 
 
 def test_numpy_s_numbers_give_the_same_random_numbers():
-    assert streams.key(np.int64(3), "weights", np.float64(0.5), np.str_("a")) == streams.key(3, "weights", 0.5, "a")
-    assert streams.key(3, True) != streams.key(3, 1)   # as ever
+    assert rng.key(np.int64(3), "weights", np.float64(0.5), np.str_("a")) == rng.key(3, "weights", 0.5, "a")
+    assert rng.key(3, True) != rng.key(3, 1)   # as ever
 
 
 def test_a_spec_holds_plain_numbers():
@@ -149,7 +151,7 @@ def test_a_variable_of_a_startup_file_is_no_parameter(tmp_path):
     startup = tmp_path/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
     (startup/"mine.py").write_text("epoch = 3\nmine = [1, 2]\nPI = 3.14\n")
-    cells = ["from adaptive_at.parameters import start", "epochs = 2", "print('epochs:', start('table1_daat', globals()).epochs)"]
+    cells = ["from adaptive_at.tables.parameters import start", "epochs = 2", "print('epochs:', start('table1_daat', globals()).epochs)"]
     def said(cells):
         done = subprocess.run([sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor", f"--ipython-dir={tmp_path/'ipython'}"], input="\n".join(cells) + "\n", capture_output=True, text=True, cwd=tmp_path)
         return done.stdout + done.stderr

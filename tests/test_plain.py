@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from adaptive_at.attacks import PGD
-from adaptive_at.exports import export
-from adaptive_at.methods import Training, at
+from adaptive_at.store.transfer import export
+from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import MNISTCNN, NarrowResNet
-from adaptive_at.plain import NORMALISATION, plain
-from adaptive_at.runs import Store
+from adaptive_at.pretrained import NORMALISATION, plain
+from adaptive_at.store.runs import Store
 from adaptive_at.training import Monitor, Run
 from helpers import digits, narrow, numbers
 from test_datasets import refused

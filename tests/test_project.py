@@ -18,7 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from adaptive_at.parameters import TABLES
+from adaptive_at.tables.parameters import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSOLUTE = re.compile(r"(?<![\w.~$}/-])/(?:root|home|work|Users)/\w")  # a place on somebody's machine
@@ -119,14 +119,16 @@ def test_wheel_holds_the_printed_numbers(config, tmp_path):
 
 
 def test_a_library_notebook_is_titled_with_its_module_once():
-    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+    paths = sorted((ROOT / "nbs" / "lib").glob("[0-9]*.ipynb"))
+    assert len(paths) == len(list((ROOT / "nbs" / "lib").iterdir())) >= 42
+    for path in paths:
         head = nbformat.read(path, 4).cells[0].source
         assert re.findall("^# (.+)", head, re.M) == [path.stem.partition("_")[2]] and len(re.findall("^> .+", head, re.M)) == 1, path.name
 
 
 def test_table_notebooks_are_ready_for_papermill():
     notebooks = sorted((ROOT / "nbs").glob("table*.ipynb"))
-    assert notebooks
+    assert len(notebooks) == 22
     for path in notebooks:
         nb = json.loads(path.read_text())
         kernel = nb["metadata"].get("kernelspec", {})

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from adaptive_at.attacks import FGSM, KL, PGD, CleanStart, FriendlyPGD, Margin, NormalStart, UniformStart
-from adaptive_at.cat import CAT, CATAttack, Label, MixedLoss
-from adaptive_at.datasets import Batch
+from adaptive_at.algorithms.cat import CAT, CATAttack, Label, MixedLoss
+from adaptive_at.data.datasets import Batch
 from adaptive_at.deepfool import DeepFool
-from adaptive_at.iaat import CrossingPGD, IAAT, RandomTargetPGD
+from adaptive_at.algorithms.iaat import CrossingPGD, IAAT, RandomTargetPGD
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, Setting
-from adaptive_at.saat import StrengthAdaptivePGD
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD
 from helpers import noise, numbers, wavy
 
 EACH, CAP = 700, 0.25

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from adaptive_at import datasets as ds
+from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import PGD, NoAttack
 from adaptive_at.base.schedules import in_epoch
-from adaptive_at.datasets import Batch
-from adaptive_at.methods import Method, Training, at, daat
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.baselines import Method, Training, at, daat
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, Setting, overstep

@@ -10,13 +10,13 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from adaptive_at import runs
+from adaptive_at.store import runs
 from adaptive_at.base.schedules import Milestones
-from adaptive_at.methods import at
+from adaptive_at.algorithms.baselines import at
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.plans import Row
-from adaptive_at.tables import run
+from adaptive_at.tables.plan import Row
+from adaptive_at.tables.results import run
 from helpers import contents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -338,11 +338,11 @@ def test_a_row_does_not_start_from_weights_that_diverged(tmp_path, capsys, at_on
 
 SETUP = f"""
 from dataclasses import replace
-from adaptive_at.methods import at
+from adaptive_at.algorithms.baselines import at
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.plans import Row
+from adaptive_at.tables.plan import Row
 from adaptive_at.radius import RadiusRule
-from adaptive_at.tables import run
+from adaptive_at.tables.results import run
 RATE = 0.5
 def moved(eps): return RATE * eps
 """

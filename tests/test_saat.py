@@ -10,13 +10,13 @@ from torch import nn
 
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, NormalStart, UniformStart, per_example, project
 from adaptive_at.base.identity import spec_hash, to_spec
-from adaptive_at.datasets import Augment, Batch
-from adaptive_at.methods import Method, Training
+from adaptive_at.data.datasets import Augment, Batch
+from adaptive_at.algorithms.baselines import Method, Training
 from adaptive_at.objectives import TRADES, AdversarialCE
 from adaptive_at.radius import Fixed, Setting
-from adaptive_at.saat import (SAAT_AUGMENT, SAAT_TRAINING, StrengthAdaptivePGD, for_classes, radii, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up)
+from adaptive_at.algorithms.saat import SAAT_AUGMENT, SAAT_TRAINING, StrengthAdaptivePGD, for_classes, radii, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import train_step
-from adaptive_at.weights import AT_AWP, TRADES_AWP
+from adaptive_at.awp import AT_AWP, TRADES_AWP
 from helpers import buffers, labels, narrow, noise, numbers, same, wavy
 
 pytestmark = pytest.mark.trains

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_at import saat
+from adaptive_at.algorithms import saat
 from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash
-from adaptive_at.datasets import Augment
+from adaptive_at.data.datasets import Augment
 from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, pack
-from adaptive_at.methods import natural
+from adaptive_at.algorithms.baselines import natural
 from adaptive_at.networks import CIFAR10_RICE, CIFAR100_SAAT, NETWORKS
 from adaptive_at.papers import table1_saat, table2_saat, table3_saat
-from adaptive_at.parameters import printed, start
-from adaptive_at.plans import Plan, Protocol, Row, settle
-from adaptive_at.saat import StrengthAdaptivePGD, robustness_disparity
-from adaptive_at.tables import execute
+from adaptive_at.tables.parameters import printed, start
+from adaptive_at.tables.plan import Plan, Protocol, Row, settle
+from adaptive_at.algorithms.saat import StrengthAdaptivePGD, robustness_disparity
+from adaptive_at.tables.results import execute
 from adaptive_at.training import Monitor
-from adaptive_at.weights import AT_AWP, TRADES_AWP
-from adaptive_at.workers import side_by_side
+from adaptive_at.awp import AT_AWP, TRADES_AWP
+from adaptive_at.jobs.pool import side_by_side
 
 TABLES = {t.TABLE.name: t.TABLE for t in (table1_saat, table2_saat, table3_saat)}
 EPS = 8/255

@@ -10,14 +10,14 @@ from adaptive_at.base import source
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.source import Reader, pieces_of, read_module, source_digest
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.runs import Store
-from adaptive_at.stopping import Stopped
-from adaptive_at.tables import run
+from adaptive_at.store.runs import Store
+from adaptive_at.jobs.interrupts import Stopped
+from adaptive_at.tables.results import run
 from adaptive_at.training import State, train
 from helpers import digits
 
 ROOTS = [("adaptive_at.training", "train"), ("adaptive_at.training", "State"), ("adaptive_at.radius", "DAAT"), ("adaptive_at.attacks", "PGD"),
-         ("adaptive_at.objectives", "TRADES"), ("adaptive_at.networks", "NarrowResNet"), ("adaptive_at.methods", "Training"), ("adaptive_at.datasets", "Augment")]
+         ("adaptive_at.objectives", "TRADES"), ("adaptive_at.networks", "NarrowResNet"), ("adaptive_at.algorithms.baselines", "Training"), ("adaptive_at.data.datasets", "Augment")]
 
 
 def digest(edit=lambda module, text: text):
@@ -36,10 +36,10 @@ def replaced(where, old, new):
 @pytest.mark.parametrize("module, old, new", [
     ("adaptive_at.radius", "FLOOR = ", "FLOOR = 2 * "),
     ("adaptive_at.attacks", "grad.sign()", "-grad.sign()"),
-    ("adaptive_at.streams", "_MIX1", "_MIX2"),
+    ("adaptive_at.base.rng", "_MIX1", "_MIX2"),
     ("adaptive_at.training", "optimiser.zero_grad()", "pass"),
     ("adaptive_at.training", "(i + 0.5) / steps", "i / steps"),
-    ("adaptive_at.datasets", "self.crop", "(self.crop + 1)"),
+    ("adaptive_at.data.datasets", "self.crop", "(self.crop + 1)"),
     ("adaptive_at.networks", "nn.ReLU()", "nn.ELU()"),
     ("adaptive_at.objectives", "self.beta *", "2 * self.beta *"),
     ("adaptive_at.base.schedules", "at * epochs - 1e-9", "at * epochs"),

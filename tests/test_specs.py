@@ -5,16 +5,16 @@ import sys
 
 import pytest
 
-from adaptive_at import parallel
+from adaptive_at.jobs import distributed
 from adaptive_at.__main__ import main
 from adaptive_at.base.schedules import Milestones, Ramp
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import foreign_modules, from_spec, to_spec
 from adaptive_at.base.files import write_json
-from adaptive_at.methods import at, daat
-from adaptive_at.parallel import undivided
+from adaptive_at.algorithms.baselines import at, daat
+from adaptive_at.jobs.distributed import undivided
 from adaptive_at.radius import Fixed
-from adaptive_at.runs import Store
+from adaptive_at.store.runs import Store
 
 from test_parallel import EPS, RUNS, spec
 
@@ -91,9 +91,9 @@ def put(path, value):
     return told
 
 
-NO_PIECES = ["os.system", "adaptive_at.base.files.os.system", "adaptive_at.runs.np", "adaptive_at.base.files.write_text", "PGD.x", "Bank", "pgd",
-             "adaptive_at.inventory.remove", "adaptive_at.networks.Classifier", "adaptive_at.runs.Store",
-             "adaptive_at.runs.Run", "adaptive_at.nothing.X", "adaptive_at.base", "adaptive_at", "os", "", ".", "..base.X", "__main__.X", 3, None, ["adaptive_at.attacks.PGD"], {}]
+NO_PIECES = ["os.system", "adaptive_at.base.files.os.system", "adaptive_at.store.runs.np", "adaptive_at.base.files.write_text", "PGD.x", "Bank", "pgd",
+             "adaptive_at.store.audit.remove", "adaptive_at.networks.Classifier", "adaptive_at.store.runs.Store",
+             "adaptive_at.store.runs.Run", "adaptive_at.nothing.X", "adaptive_at.base", "adaptive_at", "os", "", ".", "..base.X", "__main__.X", 3, None, ["adaptive_at.attacks.PGD"], {}]
 
 
 @pytest.mark.parametrize("name", NO_PIECES, ids=str)
@@ -135,7 +135,7 @@ def test_the_launcher_allows_the_modules_of_the_callers_own_pieces(theirs, tmp_p
     def begun(command, **how):
         commands.append(command)
         raise InterruptedError
-    monkeypatch.setattr(parallel.subprocess, "Popen", begun)
+    monkeypatch.setattr(distributed.subprocess, "Popen", begun)
     for each in (run, RUNS["at"]):
-        with pytest.raises(InterruptedError): parallel.launched(each, 2, "digits", tmp_path, tmp_path, "cpu", print)
+        with pytest.raises(InterruptedError): distributed.launched(each, 2, "digits", tmp_path, tmp_path, "cpu", print)
     assert commands[0][-2:] == ["--allow", "their_rules"] and "--allow" not in commands[1]

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adaptive_at import plans
+from adaptive_at.tables import plan as plans
 from adaptive_at.attacks import PGD
-from adaptive_at.datasets import DIGITS
-from adaptive_at.methods import Training, at, daat, natural, trades
+from adaptive_at.data.datasets import DIGITS
+from adaptive_at.algorithms.baselines import Training, at, daat, natural, trades
 from adaptive_at.networks import NarrowResNet
-from adaptive_at.parameters import start
-from adaptive_at.plans import Cost
-from adaptive_at.tables import execute
+from adaptive_at.tables.parameters import start
+from adaptive_at.tables.plan import Cost
+from adaptive_at.tables.results import execute
 from adaptive_at.training import Monitor, Run
-from adaptive_at.weights import AT_AWP
+from adaptive_at.awp import AT_AWP
 
 
 def faults(kept):

@@ -17,12 +17,12 @@ from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import Unreadable, UserError
 from adaptive_at.base.files import write_json
 from adaptive_at.evaluation import Clean, evaluation
-from adaptive_at.methods import Training, at, daat
+from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.runs import Store
-from adaptive_at.seals import END, FORMAT, Seal, checksum, seal
-from adaptive_at.tables import run
+from adaptive_at.store.runs import Store
+from adaptive_at.store.checksums import END, FORMAT, Seal, checksum, seal
+from adaptive_at.tables.results import run
 from adaptive_at.training import Monitor, Run, State
 
 from helpers import digits

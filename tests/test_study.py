@@ -5,10 +5,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from adaptive_at.frontier import draw
+from adaptive_at.tables.frontier import draw
 from adaptive_at.papers.study import STUDIED, TABLE, VARIANTS, frontier
-from adaptive_at.parameters import TABLES, about, start
-from adaptive_at.plans import Plan, settle
+from adaptive_at.tables.parameters import TABLES, about, start
+from adaptive_at.tables.plan import Plan, settle
 
 
 def planned(tmp_path, **parameters):

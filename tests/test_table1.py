@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 import archives
-from adaptive_at import datasets
+from adaptive_at.data import datasets
 from adaptive_at.base.errors import UserError
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables import run
+from adaptive_at.tables.results import run
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ["Natural", "Standard AT", "FAT", "DAAT", "TRADES", "DAAT-TRADES", "MART", "DAAT-MART"]

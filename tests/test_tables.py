@@ -10,9 +10,9 @@ import torch
 from adaptive_at.base.errors import UserError
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import pack
-from adaptive_at.parameters import COMMON, TABLES, about, start
-from adaptive_at.plans import Plan, settle
-from adaptive_at.tables import Results, compared, trained_with
+from adaptive_at.tables.parameters import COMMON, TABLES, about, start
+from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.results import Results, compared, trained_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [name for name in TABLES if name.startswith("table")]

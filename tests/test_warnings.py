@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from adaptive_at import datasets as ds, networks
+from adaptive_at.data import datasets as ds
+from adaptive_at import networks
 from adaptive_at.attacks import FGSM, PGD, CrossEntropy, restarted
 from adaptive_at.base.errors import UserError
-from adaptive_at.dra import DRA
+from adaptive_at.algorithms.dra import DRA
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation, unpack
-from adaptive_at.methods import at, daat, natural
+from adaptive_at.algorithms.baselines import at, daat, natural
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.plans import Row
-from adaptive_at.runs import Store
-from adaptive_at.streams import Noise, key
-from adaptive_at.tables import run
+from adaptive_at.tables.plan import Row
+from adaptive_at.store.runs import Store
+from adaptive_at.base.rng import Noise, key
+from adaptive_at.tables.results import run
 from faults.bench import tiny
 from helpers import OneLayer, digits, narrow, robust_digits
 

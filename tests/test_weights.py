@@ -11,12 +11,12 @@ from torch import nn
 from adaptive_at.attacks import NoAttack
 from adaptive_at.base.schedules import Milestones, in_epoch
 from adaptive_at.base.identity import spec_hash, to_spec
-from adaptive_at.datasets import Batch
-from adaptive_at.methods import Method, at, natural
+from adaptive_at.data.datasets import Batch
+from adaptive_at.algorithms.baselines import Method, at, natural
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import Fixed, Setting
 from adaptive_at.training import train_step
-from adaptive_at.weights import AT_AWP, AWP, TRADES_AWP, add, perturbable
+from adaptive_at.awp import AT_AWP, AWP, TRADES_AWP, add, perturbable
 from helpers import buffers, labels, narrow, noise, numbers, same
 
 pytestmark = pytest.mark.trains

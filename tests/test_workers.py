@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from adaptive_at.base.errors import UserError
-from adaptive_at.workers import side_by_side
+from adaptive_at.jobs.pool import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER_THREADS = """
 import torch
-from adaptive_at.workers import side_by_side
+from adaptive_at.jobs.pool import side_by_side
 def work(tell):
     x = torch.rand(64, 3, 128, 128).to(memory_format=torch.channels_last) * 2  # large enough for several threads
     tell(f'{x.shape[0]} images, {torch.get_num_threads()} thread')
@@ -51,9 +51,9 @@ def test_what_a_job_says_may_be_any_text():
 
 
 def test_the_jobs_of_a_table_have_names(tmp_path):
-    from adaptive_at import plans, tables
+    from adaptive_at.tables import plan as plans, results as tables
     from adaptive_at.papers.table1_daat import TABLE
-    from adaptive_at.parameters import start
+    from adaptive_at.tables.parameters import start
     plan = plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
     names = [job.name for job in tables._jobs(plan, True)]
     assert names == ["training of Standard AT", "training of Standard AT, seed 1", "evaluation of Standard AT (natural, PGD-20)", "evaluation of Standard AT, seed 1 (natural, PGD-20)"], names

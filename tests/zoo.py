@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptive_at import datasets as ds
+from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import KL, PGD
 from adaptive_at.networks import NarrowResNet
 from helpers import digits, seeded

@@ -8,15 +8,15 @@ __all__ = ['FACTORS', 'STUDIED', 'VARIANTS', 'TABLE', 'FAMILIES', 'rows', 'extra
 # %% ../../nbs/study.ipynb #8f79b195
 import pandas as pd
 from ..attacks import PGD
-from ..cat import cat, cat_v0, cat_v2
-from ..datasets import Augment
-from ..dra import FINE_TUNE, dra_finetune
+from ..algorithms.cat import cat, cat_v0, cat_v2
+from ..data.datasets import Augment
+from ..algorithms.dra import FINE_TUNE, dra_finetune
 from ..evaluation import AutoAttack, Clean, WhiteBox
-from ..frontier import cost, draw, front
-from ..iaat import iaat
-from ..methods import Training, at, daat, fat, mart, natural, trades, unit
-from ..plans import Needs, Part, Plan, Recipe, Row, Table
-from ..saat import saat_up
+from ..tables.frontier import cost, draw, front
+from ..algorithms.iaat import iaat
+from ..algorithms.baselines import Training, at, daat, fat, mart, natural, trades, unit
+from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
+from ..algorithms.saat import saat_up
 
 def rows(p):
     radius = daat(p.eps)

@@ -8,10 +8,10 @@ __all__ = ['TABLE', 'MARGIN', 'SIDE', 'TOY', 'rows', 'columns', 'more_columns', 
 
 # %% ../../nbs/table1_cat.ipynb #e0203489
 from ..attacks import PGD
-from ..cat import CAT_VGG16
+from ..algorithms.cat import CAT_VGG16
 from ..evaluation import AutoAttack, WhiteBox
-from ..methods import at
-from ..plans import Part, Plan, Recipe, Table
+from ..algorithms.baselines import at
+from ..tables.plan import Part, Plan, Recipe, Table
 
 def rows(p): return {f'adversarial training (training eps=0.0{k})': at(p.eps * k / 3) for k in (1, 2, 3)}
 
@@ -45,11 +45,11 @@ def gaps(results):
 # %% ../../nbs/table1_cat.ipynb #ae2d3d9d
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
-from .. import streams
-from ..cat import PRINTED, cat
-from ..datasets import Batch
+from ..base import rng
+from ..algorithms.cat import PRINTED, cat
+from ..data.datasets import Batch
 from ..figures import GREY, PALETTE, look
-from ..methods import natural
+from ..algorithms.baselines import natural
 from ..radius import Setting
 from ..training import train_step
 
@@ -68,7 +68,7 @@ def toy(
     "Two classes on the two sides of the vertical axis, both at a distance of at least `MARGIN`."
     sides = []
     for k in (0, 1):
-        u = streams.uniform(streams.key(name, k), torch.arange(near + far), (2,))
+        u = rng.uniform(rng.key(name, k), torch.arange(near + far), (2,))
         beside = torch.stack([MARGIN + u[:, 0], 20 * u[:, 1] - 10], 1)
         cloud = torch.stack([4 + 4 * u[:, 0], 8 + 6 * u[:, 1]], 1)
         z = torch.cat([torch.tensor([[MARGIN, 10.], [MARGIN, -10.]]), beside[2:near], cloud[near:]])
@@ -95,7 +95,7 @@ def fitted(method, z: torch.Tensor, y: torch.Tensor, steps: int = 200) -> tuple[
     "A plane trained on the points, all of them in each step, and the radii of the last attack in the toy's units [N]."
     index, model = torch.arange(len(y)), Plane()
     optimiser, bank = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), method.radius.bank(Setting(len(y), 2, 2))
-    for t in range(steps): train_step(method, model, bank, optimiser, Batch(pixels(z), y, index), streams.Noise(streams.key('toy', t), index))
+    for t in range(steps): train_step(method, model, bank, optimiser, Batch(pixels(z), y, index), rng.Noise(rng.key('toy', t), index))
     return model, SIDE * bank.used.numpy()
 
 

@@ -9,9 +9,9 @@ __all__ = ['RHOS', 'TAUS', 'TABLE', 'rows', 'fixed', 'extra_rows', 'columns', 'e
 # %% ../../nbs/table1_daat.ipynb #6f15b1d2
 from ..attacks import FGSM, Margin, PGD, UniformStart
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
-from ..methods import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, unit
+from ..algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, unit
 from ..radius import LinearDAAT, PiecewiseDAAT
-from ..plans import Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
 
 def rows(p):
     radius = daat(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.))
@@ -99,7 +99,8 @@ def fig3(results, block):
 
 # %% ../../nbs/table1_daat.ipynb #bd0014af
 import torch
-from .. import datasets, streams
+from ..data import datasets
+from ..base import rng
 from ..attacks import per_example
 
 def fig4(results, block):
@@ -112,14 +113,14 @@ def fig4(results, block):
         index = torch.from_numpy(visited).nonzero()[:, 0]
         x = datasets.to_unit(data.train.x[index])
         radius = torch.from_numpy(bank['used'])[index]
-        started = run.method.attack.start(x, per_example(radius, x), streams.Noise(streams.key('fig4'), index))
+        started = run.method.attack.start(x, per_example(radius, x), rng.Noise(rng.key('fig4'), index))
         panels[row] = bank['realised'][visited] / block.protocol.eps, (started - x).abs().flatten(1).amax(1).numpy() / block.protocol.eps
         caps[row] = getattr(run.method.radius, 'cap', 1.)
     return distance_histograms(panels, caps)
 
 # %% ../../nbs/table1_daat.ipynb #8a182cd0
 from ..figures import embeddings
-from ..tables import shrunken_margins
+from ..tables.results import shrunken_margins
 
 def fig5(results, block):
     data = datasets.load(block.info.name, results.plan.parameters.data_root)

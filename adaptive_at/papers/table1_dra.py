@@ -7,11 +7,11 @@ __all__ = ['TABLE', 'rows', 'columns', 'more_columns', 'recipe']
 
 # %% ../../nbs/table1_dra.ipynb #0f0fe82c
 from ..attacks import PGD
-from ..datasets import Augment
-from ..dra import CLEAN, MNIST_TRAINING, on_mnist
+from ..data.datasets import Augment
+from ..algorithms.dra import CLEAN, MNIST_TRAINING, on_mnist
 from ..evaluation import AutoAttack, Clean, WhiteBox
-from ..methods import MART_RESNET18, Training, at, mart, natural, trades
-from ..plans import Part, Plan, Recipe, Row, Table
+from ..algorithms.baselines import MART_RESNET18, Training, at, mart, natural, trades
+from ..tables.plan import Part, Plan, Recipe, Row, Table
 
 def rows(p):
     if p.dataset == 'mnist':

@@ -9,12 +9,12 @@ __all__ = ['SWEEP', 'TABLE', 'adaptive', 'rows', 'extra_rows', 'attacked', 'colu
 # %% ../../nbs/table1_iaat.ipynb #514f4fd9
 from ..attacks import PGD
 from ..corruptions import Corruption
-from ..datasets import Augment
+from ..data.datasets import Augment
 from ..evaluation import Clean, Transfer, WhiteBox
-from ..iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, iaat, iaat_baseline
-from ..methods import natural, unit
+from ..algorithms.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, iaat, iaat_baseline
+from ..algorithms.baselines import natural, unit
 from ..networks import CIFAR10_IAAT
-from ..plans import COPY, Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import COPY, Needs, Part, Plan, Recipe, Row, Table
 
 def adaptive(p, warm=True, mode='train', misclassified='released'):
     "IAAT at Table 7's settings for this network."
@@ -69,7 +69,7 @@ TABLE = Table('table1_iaat', 'IAAT, Table 1.', (Part('cifar10', 'resnet18'), Par
 
 # %% ../../nbs/table1_iaat.ipynb #83de1b2e
 import matplotlib.pyplot as plt, numpy as np, torch
-from .. import datasets
+from ..data import datasets
 from ..figures import GREY, PALETTE, look, words
 
 class Trained:

@@ -11,13 +11,13 @@ __all__ = ['BUDGETS', 'WIDTHS', 'RHOS', 'EPS_MAX', 'RADII', 'SWEEP', 'TABLE', 'r
 from dataclasses import replace
 from ..attacks import PGD
 from ..evaluation import AutoAttack, Clean, WhiteBox
-from ..methods import natural
+from ..algorithms.baselines import natural
 from ..networks import CIFAR10_RICE, CIFAR100_SAAT
-from ..plans import Needs, Part, Recipe, Row, Table
+from ..tables.plan import Needs, Part, Recipe, Row, Table
 from ..radius import Fixed
-from ..saat import SAAT_AUGMENT, SAAT_TRAINING, in_255ths, rice_at, robustness_disparity, saat, saat_down, saat_up
+from ..algorithms.saat import SAAT_AUGMENT, SAAT_TRAINING, in_255ths, rice_at, robustness_disparity, saat, saat_down, saat_up
 from ..training import Monitor
-from ..weights import AT_AWP
+from ..awp import AT_AWP
 
 def rows(p):
     up = [(eps_max, 1.5) for eps_max in range(9, 21)] + [(14, rho) for rho in (1.3, 1.4, 1.6, 1.7, 1.8, 1.9, 2.0)]

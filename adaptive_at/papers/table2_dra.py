@@ -7,11 +7,11 @@ __all__ = ['TABLE', 'rows', 'pgd20', 'columns', 'more_columns', 'recipe', 'stren
 
 # %% ../../nbs/table2_dra.ipynb #7093347f
 from ..attacks import PGD
-from ..datasets import Augment
-from ..dra import FINE_TUNE_MNIST, MNIST_TRAINING, dra_finetune_mnist, on_mnist
+from ..data.datasets import Augment
+from ..algorithms.dra import FINE_TUNE_MNIST, MNIST_TRAINING, dra_finetune_mnist, on_mnist
 from ..evaluation import AutoAttack, Clean, WhiteBox
-from ..methods import natural, trades
-from ..plans import Part, Plan, Recipe, Row, Table
+from ..algorithms.baselines import natural, trades
+from ..tables.plan import Part, Plan, Recipe, Row, Table
 
 def rows(p):
     def baseline(beta): return on_mnist(trades(p.eps, beta=beta), p.eps) if p.dataset == 'mnist' else trades(p.eps, beta=beta)
@@ -35,9 +35,9 @@ TABLE = Table('table2_dra', 'DRA, Table 2.', (Part('mnist', 'mnistcnn'),), 8/255
 
 # %% ../../nbs/table2_dra.ipynb #d2a70002
 import pandas as pd
-from .. import datasets
+from ..data import datasets
 from ..base.errors import UserError
-from ..dra import PRINTED, accuracy, calibrate
+from ..algorithms.dra import PRINTED, accuracy, calibrate
 from ..figures import styled
 
 def strengths(results):

@@ -6,10 +6,10 @@
 __all__ = ['TABLE', 'rows', 'columns']
 
 # %% ../../nbs/table2_iaat.ipynb #8a501640
-from ..iaat import EIGHT, iaat_baseline
-from ..methods import natural
+from ..algorithms.iaat import EIGHT, iaat_baseline
+from ..algorithms.baselines import natural
 from .table1_iaat import adaptive, attacked, recipe
-from ..plans import Part, Plan, Table
+from ..tables.plan import Part, Plan, Table
 
 def rows(p):
     return {

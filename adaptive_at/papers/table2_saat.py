@@ -7,9 +7,9 @@ __all__ = ['BLOCKS', 'TABLE', 'rows']
 
 # %% ../../nbs/table2_saat.ipynb #2f1b5c05
 from .table1_saat import columns, recipe
-from ..plans import Part, Table
-from ..saat import for_classes, rice_at, rice_trades, saat_up, satrades_up
-from ..weights import AT_AWP, TRADES_AWP
+from ..tables.plan import Part, Table
+from ..algorithms.saat import for_classes, rice_at, rice_trades, saat_up, satrades_up
+from ..awp import AT_AWP, TRADES_AWP
 
 def rows(p):
     rho = p.get('rho', for_classes(1.7, 100 if p.dataset == 'cifar100' else 10))  # a loss counts against that of a guess

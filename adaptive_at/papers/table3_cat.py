@@ -7,11 +7,11 @@ __all__ = ['TABLE', 'rows', 'columns', 'recipe']
 
 # %% ../../nbs/table3_cat.ipynb #7d49736d
 from ..attacks import Margin, PGD
-from ..cat import CAT_VGG16, cat
+from ..algorithms.cat import CAT_VGG16, cat
 from ..deepfool import DeepFool
 from ..evaluation import Clean, WhiteBox
-from ..methods import at, natural, trades
-from ..plans import Part, Plan, Recipe, Table
+from ..algorithms.baselines import at, natural, trades
+from ..tables.plan import Part, Plan, Recipe, Table
 
 def rows(p):
     return {

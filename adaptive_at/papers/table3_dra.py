@@ -7,10 +7,10 @@ __all__ = ['TABLE', 'rows', 'pgd20', 'columns', 'more_columns', 'recipe', 'calib
 
 # %% ../../nbs/table3_dra.ipynb #4fb10204
 from ..attacks import PGD
-from ..dra import CLEAN, DRA, FINE_TUNE, accuracy, calibrate, calibrated, dra_finetune, pgd_strength, strength
+from ..algorithms.dra import CLEAN, DRA, FINE_TUNE, accuracy, calibrate, calibrated, dra_finetune, pgd_strength, strength
 from ..evaluation import AutoAttack, Clean, WhiteBox
-from ..methods import Training, natural, trades
-from ..plans import Needs, Part, Plan, Recipe, Row, Table
+from ..algorithms.baselines import Training, natural, trades
+from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
 
 def rows(p):
     return {
@@ -32,7 +32,7 @@ TABLE = Table('table3_dra', 'DRA, Table 3.', (Part('cifar10', 'resnet50'),), 8/2
 
 # %% ../../nbs/table3_dra.ipynb #6d937328
 import pandas as pd
-from .. import datasets
+from ..data import datasets
 from ..base.errors import UserError
 from ..figures import styled
 

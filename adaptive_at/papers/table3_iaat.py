@@ -8,10 +8,10 @@ __all__ = ['STEPS', 'TABLE', 'rows', 'towards', 'columns', 'extra_columns', 'rec
 # %% ../../nbs/table3_iaat.ipynb #20510b45
 from ..corruptions import MeanCorruptionError
 from ..evaluation import Clean, WhiteBox
-from ..iaat import SIXTEEN, RandomTargetPGD, imagenet_baseline, imagenet_iaat, imagenet_training
-from ..methods import natural, unit
+from ..algorithms.iaat import RandomTargetPGD, SIXTEEN, imagenet_baseline, imagenet_iaat, imagenet_training
+from ..algorithms.baselines import natural, unit
 from ..networks import IMAGENET
-from ..plans import Needs, Part, Plan, Recipe, Table
+from ..tables.plan import Needs, Part, Plan, Recipe, Table
 
 def rows(p):
     steps, half = 10 if p.preset == 'quick' else 30, p.preset == 'paper'  # attacks in half precision, as appendix D.2 says

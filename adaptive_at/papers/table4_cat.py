@@ -7,11 +7,11 @@ __all__ = ['QUOTED', 'TABLE', 'rows', 'columns', 'recipe']
 
 # %% ../../nbs/table4_cat.ipynb #af7bdbe8
 from ..attacks import Margin, PGD
-from ..cat import CAT_WRN34, cat
+from ..algorithms.cat import CAT_WRN34, cat
 from ..evaluation import Clean, WhiteBox
-from ..iaat import iaat
-from ..methods import at, mart, natural, trades
-from ..plans import Part, Plan, Recipe, Row, Table
+from ..algorithms.iaat import iaat
+from ..algorithms.baselines import at, mart, natural, trades
+from ..tables.plan import Part, Plan, Recipe, Row, Table
 
 QUOTED = Row(None)
 

@@ -6,11 +6,11 @@
 __all__ = ['NETWORKS', 'ATTACKED', 'SHARES', 'TABLE', 'factor', 'rows', 'attack', 'extra_columns', 'success_rate', 'fig4']
 
 # %% ../../nbs/table4_dra.ipynb #8276c46c
-from ..dra import CLEAN, DRA, FINE_TUNE, calibrated, dra_finetune, strength, success
+from ..algorithms.dra import CLEAN, DRA, FINE_TUNE, calibrated, dra_finetune, strength, success
 from ..evaluation import WhiteBox, unpack, wilson
-from ..methods import natural
+from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..plans import Needs, Part, Plan, Row, Table
+from ..tables.plan import Needs, Part, Plan, Row, Table
 
 NETWORKS = {'ResNet-18': 'resnet18', 'ResNet-34': 'resnet34', 'ResNet-50': 'resnet50', 'ResNet-101': 'resnet101'}
 

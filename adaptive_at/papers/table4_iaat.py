@@ -6,9 +6,9 @@
 __all__ = ['TABLE', 'rows']
 
 # %% ../../nbs/table4_iaat.ipynb #55fc3a09
-from ..iaat import EIGHT
+from ..algorithms.iaat import EIGHT
 from .table1_iaat import adaptive, columns, recipe
-from ..plans import Part, Plan, Table
+from ..tables.plan import Part, Plan, Table
 
 def rows(p):
     return {

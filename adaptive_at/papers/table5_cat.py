@@ -7,10 +7,10 @@ __all__ = ['TABLE', 'rows', 'extra_rows', 'attack', 'columns', 'more_columns', '
 
 # %% ../../nbs/table5_cat.ipynb #f0abce65
 from ..attacks import PGD
-from ..cat import CAT_VGG16, CAT_WRN34, cat
+from ..algorithms.cat import CAT_VGG16, CAT_WRN34, cat
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
-from ..methods import at, natural, trades
-from ..plans import Part, Plan, Recipe, Table
+from ..algorithms.baselines import at, natural, trades
+from ..tables.plan import Part, Plan, Recipe, Table
 
 def rows(p):
     return {

@@ -6,10 +6,10 @@
 __all__ = ['TABLE', 'rows', 'extra_rows']
 
 # %% ../../nbs/table5_dra.ipynb #90699d03
-from ..dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant, madry_dra, madry_pgd, pgd_finetune, trades_dra, trades_pgd
-from ..methods import natural
+from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant, madry_dra, madry_pgd, pgd_finetune, trades_dra, trades_pgd
+from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..plans import Part, Plan, Row, Table
+from ..tables.plan import Part, Plan, Row, Table
 
 def rows(p):
     share, factor = p.get('p', 1/3), p.get('factor', calibrated(p.dataset))

@@ -6,9 +6,9 @@
 __all__ = ['TABLE', 'rows', 'columns']
 
 # %% ../../nbs/table5_iaat.ipynb #39d29779
-from ..iaat import EIGHT
+from ..algorithms.iaat import EIGHT
 from .table1_iaat import adaptive, attacked, recipe
-from ..plans import Part, Plan, Table
+from ..tables.plan import Part, Plan, Table
 
 def rows(p):
     return {

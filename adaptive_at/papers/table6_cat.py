@@ -7,10 +7,10 @@ __all__ = ['TABLE', 'ours', 'rows', 'extra_rows', 'columns', 'recipe']
 
 # %% ../../nbs/table6_cat.ipynb #358a85e9
 from ..attacks import PGD
-from ..cat import CAT_VGG16, OUTCOMES, adp_adv, adv_ls, cat, cat_v0, cat_v2
+from ..algorithms.cat import CAT_VGG16, OUTCOMES, adp_adv, adv_ls, cat, cat_v0, cat_v2
 from ..evaluation import Clean, WhiteBox
-from ..methods import at
-from ..plans import Needs, Part, Plan, Recipe, Table
+from ..algorithms.baselines import at
+from ..tables.plan import Needs, Part, Plan, Recipe, Table
 
 def ours(p, **changes): return cat(p.eps, c=p.get('c', 10.), eta=p.get('eta', 0.005), kappa=p.get('kappa', 10.), **changes)
 

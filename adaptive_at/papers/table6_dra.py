@@ -6,10 +6,10 @@
 __all__ = ['TABLE', 'rows']
 
 # %% ../../nbs/table6_dra.ipynb #9c80c0f5
-from ..dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant
-from ..methods import natural
+from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant
+from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..plans import Part, Plan, Row, Table
+from ..tables.plan import Part, Plan, Row, Table
 
 def rows(p):
     def ours(share): return Row(dra_finetune_constant(p.eps, share, factor=p.get('factor', calibrated(p.dataset))), FINE_TUNE, start='p=0')

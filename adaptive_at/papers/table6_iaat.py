@@ -6,9 +6,9 @@
 __all__ = ['TABLE', 'rows', 'columns']
 
 # %% ../../nbs/table6_iaat.ipynb #3eecdef0
-from ..iaat import EIGHT, mixup_at
+from ..algorithms.iaat import EIGHT, mixup_at
 from .table1_iaat import adaptive, attacked, recipe
-from ..plans import Part, Plan, Table
+from ..tables.plan import Part, Plan, Table
 
 def rows(p):
     return {

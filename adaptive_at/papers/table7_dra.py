@@ -7,10 +7,10 @@ __all__ = ['CORRUPTIONS', 'TABLE', 'rows', 'columns', 'more_columns', 'recipe', 
 
 # %% ../../nbs/table7_dra.ipynb #17cbe371
 from ..corruptions import Corruption, samples
-from ..dra import CLEAN, FINE_TUNE, calibrated, dra_finetune
+from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune
 from ..evaluation import AutoAttack, Clean
-from ..methods import Training, natural
-from ..plans import Needs, Part, Plan, Recipe, Row, Table
+from ..algorithms.baselines import Training, natural
+from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
 
 CORRUPTIONS = {'Snow': 'snow', 'Frost': 'frost', 'Zoom_blur': 'zoom_blur', 'Motion_blur': 'motion_blur', 'JPEG compression': 'jpeg_compression', 'Gaussian noise': 'gaussian_noise'}
 
@@ -30,7 +30,7 @@ def recipe(p): return Recipe(Training())
 TABLE = Table('table7_dra', 'DRA, Table 7.', (Part('cifar10', 'resnet50', printed=('CIFAR-10-C', 'ResNet-50')),), 8/255, rows, columns, recipe, more_columns=more_columns, figures={'fig5': Needs()})
 
 # %% ../../nbs/table7_dra.ipynb #69b37375
-from .. import datasets
+from ..data import datasets
 from ..evaluation import Images
 
 def fig5(results, block):

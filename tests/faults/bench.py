@@ -12,17 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from adaptive_at import networks, plans, runs, tables
-from adaptive_at.cat import cat
+from adaptive_at import networks
+from adaptive_at.tables import plan as plans, results as tables
+from adaptive_at.store import runs
+from adaptive_at.algorithms.cat import cat
 from adaptive_at.base.errors import UserError
-from adaptive_at.dra import dra_finetune
-from adaptive_at.iaat import iaat
-from adaptive_at.methods import at, daat, fat, mart, natural, trades
+from adaptive_at.algorithms.dra import dra_finetune
+from adaptive_at.algorithms.iaat import iaat
+from adaptive_at.algorithms.baselines import at, daat, fat, mart, natural, trades
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.plans import PRESETS, Row
-from adaptive_at.runs import Store
-from adaptive_at.saat import saat_up
-from adaptive_at.weights import AT_AWP
+from adaptive_at.tables.plan import PRESETS, Row
+from adaptive_at.store.runs import Store
+from adaptive_at.algorithms.saat import saat_up
+from adaptive_at.awp import AT_AWP
 from helpers import OneLayer, contents, short_autoattack
 
 METHODS = ["DAAT", "DAAT-TRADES", "MART", "FAT", "SAAT_up with AWP", "IAAT", "CAT", "DRA"]   # and Natural, which DRA starts from

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptive_at.base.errors import UserError
-from adaptive_at.inventory import damages, stored
+from adaptive_at.store.audit import damages, stored
 
 from .bench import Kill, Process, contents, differences, reference, table_of
 
@@ -110,10 +110,10 @@ def damaged(bases: Bases, state: str, name: str, fault: str, outputs: Path, rng:
     spoil(path, fault, other, rng)
     touched = path.read_bytes() if path.exists() else None
     if name == "radius.npz":   # only figures read it
-        from adaptive_at.runs import Store
+        from adaptive_at.store.runs import Store
         from .bench import FAULTY, parameters, tables
-        from adaptive_at.parameters import start
-        from adaptive_at.plans import Plan, settle
+        from adaptive_at.tables.parameters import start
+        from adaptive_at.tables.plan import Plan, settle
         with contextlib.redirect_stdout(Said([])): run = Plan(FAULTY, settle(start("table1_daat", parameters(outputs, METHOD)))).blocks[0].runs[METHOD][0]
         try: Store(outputs/"runs").radius(run)
         except UserError as e: said.append(str(e))

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from adaptive_at.base.errors import UserError
-from adaptive_at.parameters import TABLES
+from adaptive_at.tables.parameters import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BAD = dict(zip(TABLES, [dict(preset="quik"), dict(datasets="cifar"), dict(network="resnet17"), dict(device="tpu"), dict(seeds=-1), dict(rows="nobody"), dict(columns="PGD-7"), dict(figures="fig99"),

@@ -69,7 +69,7 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(tmp_path):
 
 
 def test_the_campaign_sees_a_write_whose_failure_is_a_traceback(tmp_path, monkeypatch):
-    from adaptive_at import runs
+    from adaptive_at.store import runs
     monkeypatch.setattr(runs, "write_text", lambda path, text: path.write_text(text))   # history.csv
     with writes.Disk().used() as disk: writes.work(tmp_path/"whole")
     result, expected = writes.Writes(), contents(tmp_path/"whole")

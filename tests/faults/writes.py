@@ -12,8 +12,8 @@ import torch
 from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, WhiteBox, evaluation
-from adaptive_at.methods import Training, at, daat
-from adaptive_at.runs import Store
+from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.store.runs import Store
 from adaptive_at.training import Monitor, Run
 from helpers import OneLayer, contents, random_data
 
