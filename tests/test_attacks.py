@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import (FGSM, KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, Margin, NoAttack, NormalStart, UniformStart, gradient, per_example,
@@ -218,6 +218,7 @@ def test_the_result_stays_within_its_own_radius_and_the_box(attack, eps, shape, 
 @settings(max_examples=60)
 def test_permuting_the_batch_permutes_the_result(attack, eps, seed, random):
     attack, n = replace(attack, mode="eval"), len(eps)
+    assume(not isinstance(attack.loss, KL) or not isinstance(attack.start, CleanStart) and all(e == 0 or e > 1e-4 for e in eps))   # at the clean image KL's gradient is 0, and its sign that of a rounding error
     model, x, y = wavy(n, seed=seed)
     order, stream, eps = torch.tensor(random.sample(range(n), n)), noise(n, seed), torch.tensor(eps)
     whole = attack(model, x, y, eps, stream)
