@@ -240,6 +240,7 @@ def imagenet_baseline(
     return Method(Fixed(eps), (HalfRandomTargetPGD if half else RandomTargetPGD)(unit(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
 
 # %% ../../nbs/lib/62_iaat.ipynb #e2021a84
+@piece('Warmed')
 @dataclass(frozen=True)
 class Warmed:
     "A schedule that starts with a linear rise to it (Goyal et al., 2017, section 2.2)."

@@ -199,7 +199,7 @@ def _look(token: Path, word: str) -> str:
 class Sent:
     "A job on its way to another process."
     job: bytes                          # pickled; what this notebook or script defines is in it as code, what its modules define only by name
-    spec_hash: str                         # of what it is about
+    digest: str                         # of what it is about
     sources: dict[str, dict[str, str]]  # of what this notebook or script defines
     paths: tuple[str, ...]              # where modules are found here
 
