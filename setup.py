@@ -39,5 +39,6 @@ setup(
         "bench": shlex.split(cfg["bench_requirements"]),
         "cluster": shlex.split(cfg["cluster_requirements"]),
     },
-    entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]},
+    # Other projects' nbdev makes links of this index: to nowhere, as long as no address of ours is known.
+    entry_points={"nbdev": [f"{cfg['lib_path']} = {cfg['lib_path']}._modidx:d"]} if cfg["doc_host"] and cfg["git_url"] else {},
 )
