@@ -1,7 +1,6 @@
 "The runs behind what stands in `outputs/`: planned again from the parameters that each executed notebook shows."
 import importlib, json, re
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from adaptive_at.data import datasets

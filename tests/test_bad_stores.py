@@ -1,7 +1,6 @@
 "`runs list`, `show`, `verify` and `prune` whatever one file of the store holds: the other runs are told as ever, and nothing is offered that a table may need."
 import errno
 import io
-import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from adaptive_at.store.runs import Store
 from adaptive_at.store.checksums import read_sealed, write_sealed
 
 from helpers import digits
-from test_cli import alone, cli, kept, outputs  # noqa: F401: a store of four runs, one of which a table needs
+from test_cli import alone, cli, kept, outputs  # noqa: F401 - a store of four runs, one of which a table needs
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +104,7 @@ SPOILT = {
 }
 
 
-def folders(outputs): return sorted(p.name for p in (outputs/"runs").iterdir())
+def folders(root): return sorted(p.name for p in (root/"runs").iterdir())
 
 
 @pytest.mark.parametrize("name", SPOILT)

@@ -286,7 +286,7 @@ def test_a_large_radius_ruins_adversarial_training_and_not_cat(toy):
 
 
 def test_cat_goes_to_4_only_where_it_can(toy):
-    (_, radius), (z, y) = toy[1][3], table1_cat.toy("train")
+    (_, radius), (z, _) = toy[1][3], table1_cat.toy("train")
     beside = z[:, 0].abs() < 3
     assert radius[~beside] == pytest.approx(4, abs=1e-5) and radius[beside].max() < 3.5 and radius[beside].mean() < 2
     assert np.allclose(toy[1][2][1], 4) and not toy[1][0][1].any()

@@ -258,4 +258,3 @@ def test_a_cache_that_another_processor_filled_is_not_used(tmp_path):
     "As on machines that share a folder. Where the processor has no AVX-512 both runs are the same."
     own = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"} | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for environment in (own | {"ATEN_CPU_CAPABILITY": "avx2"}, own): subprocess.run([sys.executable, "-c", AGREE], check=True, env=environment)
-

@@ -365,7 +365,7 @@ augments = st.builds(ds.Augment, crop=st.integers(0, 4), pad=st.sampled_from(["z
 def test_every_image_is_a_window_of_its_padded_self(augment, key, shape, dtype):
     index = torch.tensor([3, 0, 7])
     x = torch.randint(1, 255, (3, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
-    out, (c, h, w), p = augment(x, index, key), shape, augment.crop
+    out, (_, h, w), p = augment(x, index, key), shape, augment.crop
     assert out.shape == x.shape and out.dtype == dtype
     padded = F.pad(x.float(), (p,) * 4, "reflect" if augment.pad == "reflect" else "constant")
     for i in range(3):

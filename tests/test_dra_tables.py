@@ -306,7 +306,7 @@ def test_fig_4_draws_the_success_rates(outputs):
     results = executed(4, outputs)
     block = results.plan.blocks[0]
     fig = fig4(results, block)
-    ax, lines = fig.axes[0], [c for c in fig.axes[0].containers]
+    lines = list(fig.axes[0].containers)
     assert len(lines) == 6
     for container, (row, e) in zip(lines, [(row, e) for row in ATTACKED for e in (1, 2)]):
         x, y = container.lines[0].get_data()

@@ -43,10 +43,10 @@ def test_rows_are_trained_at_table_7s_settings(number, dataset):
         methods = {"Clean": natural(), "Adversarial": iaat_baseline(EIGHT), "IAAT": with_warmup, "IAAT (no warm)": without, "IAAT (warm)": with_warmup,
                    "Adaptive (no warm)": without, "Adaptive (warm)": with_warmup, "Mixup": mixup_at(EIGHT)}
         assert block.info.name == dataset and set(block.runs) == {*block.rows, *(f"{row}, copy" for row in block.rows)}
-        for row, (run,) in block.runs.items():
-            assert run.method == methods[row.removesuffix(", copy")] and run.training == training and run.seed == 1000 * row.endswith(", copy")
-            assert run.augment == Augment(crop=4, pad="reflect", flip=True)
-            assert np.allclose(run.network.mean, np.array([125.3, 123.0, 113.9]) / 255) and np.allclose(run.network.std, np.array([63.0, 62.1, 66.7]) / 255)
+        for row, (r,) in block.runs.items():
+            assert r.method == methods[row.removesuffix(", copy")] and r.training == training and r.seed == 1000 * row.endswith(", copy")
+            assert r.augment == Augment(crop=4, pad="reflect", flip=True)
+            assert np.allclose(r.network.mean, np.array([125.3, 123.0, 113.9]) / 255) and np.allclose(r.network.std, np.array([63.0, 62.1, 66.7]) / 255)
         rule = block.runs[block.rows[-1]][0].method.radius
         assert [bool(in_epoch(rule, e, epochs).warm) for e in (warmup - 1, warmup)] == [True, False] and in_epoch(rule, warmup, epochs).beta == pytest.approx(0.1)
     assert [b.runs[b.rows[0]][0].network.label for b in (narrow, wide)] == ["ResNet-18", "WideResNet-32-10"]

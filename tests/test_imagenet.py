@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from torch import nn
 from torchvision import datasets as tvd, transforms as tvt
@@ -21,7 +21,7 @@ from adaptive_at.networks import Network, pooled
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import numbers, same
 from test_datasets import refused
-from test_evaluation import short
+from test_evaluation import short  # noqa: F401
 
 EPS = 8/255
 KINDS = [("RGB", (61, 83)), ("L", (300, 47)), ("CMYK", (90, 90)), ("RGBA", (40, 257)), ("RGB", (500, 375))]   # mode; width and height
@@ -351,7 +351,7 @@ def test_measuring_reads_no_more_images_than_it_needs(root, read, monkeypatch):
 
 
 @pytest.mark.parametrize("column", [Clean(), WhiteBox(PGD(EPS/4, 2), EPS), AutoAttack(EPS, batch_size=2), AutoAttack(EPS, limit=3)], ids=["clean", "white-box", "autoattack", "three images"])
-def test_evaluation_reads_a_batch_at_a_time_and_gives_the_same(root, column, short, monkeypatch):
+def test_evaluation_reads_a_batch_at_a_time_and_gives_the_same(root, column, short, monkeypatch):  # noqa: F811
     data = ds.load("imagenet", root)
     model = trained(spec(data, training=Training(epochs=1, batch=4)), data).model.eval()
     sizes, get = [], ds.ImageFiles.__getitem__

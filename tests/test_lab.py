@@ -107,7 +107,7 @@ def assert_clean(checkout, path):
     "Jupyter writes a notebook its own way, which git sees; after `nbdev_clean` it does not."
     assert git(checkout, "status", "--porcelain") == f" M {path}\n"
     subprocess.run([Path(sys.executable).parent / "nbdev_clean"], cwd=checkout, env=environment(checkout), check=True, capture_output=True)
-    assert git(checkout, "status", "--porcelain") == "" , git(checkout, "diff")
+    assert git(checkout, "status", "--porcelain") == "", git(checkout, "diff")
 
 
 def errors(cells): return ["\n".join(o["traceback"]) for c in cells for o in c["outputs"] if o["output_type"] == "error"]

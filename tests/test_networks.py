@@ -210,7 +210,7 @@ def scaled(net):
 def test_preactivation_networks_as_written_by_rice_and_trades(spec, strides):
     net, x = scaled(spec.build(10)), numbers(4, 3, 16, 16).double()
     p = iter([v for k, v in net.named_parameters()])   # in order: stem; per block bn1, conv1, bn2, conv2, shortcut; bn; linear
-    h, inputs = F.conv2d(x, next(p), padding=1), 16 if isinstance(spec, WideResNet) else 64
+    h = F.conv2d(x, next(p), padding=1)
     for stride in strides:
         a = F.relu(normal(h, next(p), next(p)))
         conv1 = next(p)
@@ -374,8 +374,8 @@ def test_no_network_has_a_thin_strided_convolution_in_channels_last_on_a_cpu():
         net = spec.build(10, image).eval()
         moved = spec.build(10, image).laid_out("cpu").to(memory_format=torch.channels_last).eval()   # as if it came from a GPU
         x = numbers(2, image, 28, 28)
-        for given in (x, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):   # the second lies in memory as image files are read
-            for n in (net, moved): met += len(found := layouts(n, given)); assert not any(found), spec
+        for images in (x, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):   # the second lies in memory as image files are read
+            for n in (net, moved): met += len(found := layouts(n, images)); assert not any(found), spec
     assert met > 200
     for name, spec in NETWORKS.items():
         with torch.device("meta"): net = spec.build(10, channels(name))

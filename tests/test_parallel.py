@@ -30,7 +30,7 @@ from adaptive_at.training import Monitor, Run, State, train
 from adaptive_at.awp import AWP
 from helpers import digits
 from test_datasets import refused
-from test_imagenet import root  # noqa: F401: a tiny ImageNet
+from test_imagenet import root  # noqa: F401 - a tiny ImageNet
 
 EPS = 0.25
 SMALL = MNISTCNN(filters=(8, 16), hidden=32)   # no batch norm

@@ -1,5 +1,5 @@
 "Killed at any moment, the same command ends with the same results; two processes share a store; an edited formula trains anew."
-import contextlib, csv, json, multiprocessing, os, random, re, signal, subprocess, sys, time
+import contextlib, csv, multiprocessing, os, random, re, signal, subprocess, sys, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -336,7 +336,7 @@ def test_a_row_does_not_start_from_weights_that_diverged(tmp_path, capsys, at_on
 
 # Edited formulas
 
-SETUP = f"""
+SETUP = """
 from dataclasses import replace
 from adaptive_at.algorithms.baselines import at
 from adaptive_at.papers.table1_daat import TABLE

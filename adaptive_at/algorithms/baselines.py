@@ -18,7 +18,7 @@ from ..base.schedules import Milestones
 from ..base.errors import UserError
 from ..base.checks import at_least, one_of
 from ..objectives import AdversarialCE, MART, TRADES
-from ..radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule
+from ..radius import DAAT, Fixed, RadiusRule
 
 # %% ../../nbs/lib/60_baselines.ipynb #e658046f
 class WeightPerturbation(Protocol):

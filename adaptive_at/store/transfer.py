@@ -166,7 +166,7 @@ def take_in(
 ) -> Path:      # the run's folder
     "Check an export and make it a run of the store."
     e = opened(file)
-    folder, weights, epochs = root/e.folder, e.facts['weights'], e.facts['run']['training']['epochs']
+    folder, epochs = root/e.folder, e.facts['run']['training']['epochs']
     with locked(folder/'lock'):
         if (folder/'spec.json').exists() and 'weights' in spec_of(folder): raise UserError(f'{folder.name} is in the store already; nothing was imported.')
         run, best = spec_hash(e.facts['run']), e.facts.get('best', {}).get('epoch', epochs)

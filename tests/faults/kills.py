@@ -3,7 +3,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .bench import COLUMNS, METHODS, Kill, Process, contents, differences, drawn, reference, table_of
+from .bench import COLUMNS, METHODS, Process, contents, differences, drawn, reference, table_of
 
 HOW = ["time", "before", "time", "torn", "time", "after", "table"]
 

@@ -71,7 +71,7 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(tmp_path):
 def test_the_campaign_sees_a_write_whose_failure_is_a_traceback(tmp_path, monkeypatch):
     from adaptive_at.store import runs
     monkeypatch.setattr(runs, "write_text", lambda path, text: path.write_text(text))   # history.csv
-    with writes.Disk().used() as disk: writes.work(tmp_path/"whole")
+    with writes.Disk().used(): writes.work(tmp_path/"whole")
     result, expected = writes.Writes(), contents(tmp_path/"whole")
     steps = []
     class Noted(writes.Disk):
@@ -85,7 +85,6 @@ def test_the_campaign_sees_a_write_whose_failure_is_a_traceback(tmp_path, monkey
 
 def test_the_campaign_sees_a_result_that_is_not_the_same(tmp_path, monkeypatch):
     "A resumed run that forgets its radii."
-    from adaptive_at.radius import Bank
     from adaptive_at.training import State
     whole = State.load_state_dict
     def forgetful(self, saved):

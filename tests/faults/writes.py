@@ -97,12 +97,12 @@ def campaign(folder: Path, each=1, tell=lambda line: None) -> Writes:
     "Fail at every write in turn, or at `each`-th, once with each code or with the codes in turn; run again, and compare."
     with Disk().used() as disk: work(folder/"whole")
     result, expected = Writes(disk.count), contents(folder/"whole")
-    for at in range(1, disk.count + 1, each):
+    for n in range(1, disk.count + 1, each):
         for code in CODES if each == 1 else [CODES[result.refused % 2]]:
-            disk = Disk(at, code)
-            wrong = one(folder/f"{code}-{at}", disk, expected, result)
-            if wrong: result.wrong.append(f"{errno.errorcode[code]} at {at}: {wrong}")
-            tell(f"{errno.errorcode[code]} at write {at}, {disk.failed or 'which was not reached'}: {wrong or 'well'}")
+            disk = Disk(n, code)
+            wrong = one(folder/f"{code}-{n}", disk, expected, result)
+            if wrong: result.wrong.append(f"{errno.errorcode[code]} at {n}: {wrong}")
+            tell(f"{errno.errorcode[code]} at write {n}, {disk.failed or 'which was not reached'}: {wrong or 'well'}")
     return result
 
 
