@@ -276,6 +276,7 @@ class Site:
     def linked(self, text: str, book: Notebook) -> str:
         "Markdown with nbdev's and Quarto's ways of writing turned into MyST's."
         text = re.sub(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}", r"\1{\2}", text, flags=re.M)
+        text = re.sub(r"\[([^]]*)\]\(CONTRIBUTING\.md\)", r"\1", text)  # no page of the site
         pages = {b.path.name: b.page for b in self.books}
         text = re.sub(r"\]\((?:[./\w-]*/)?([\w-]+\.ipynb)(#[^)]*)?\)", lambda m: f"](/{pages[m[1]]}{'.ipynb' if m[1] in pages else ''}{m[2] or ''})" if m[1] in pages else m[0], text)
         parts = re.split(r"(^```.*?^```|\[[^\]]*\]\([^)]*\)|^#+ .*?$)", text, flags=re.M | re.S)  # not inside code blocks, links and headings

@@ -115,6 +115,7 @@ def test_ways_of_writing(tmp_path):
     for written, read in {
         "::: {.callout-note}\nx\n:::": ":::{note}\nx\n:::",
         "[networks](20_networks.ipynb)": "[networks](/library/networks.ipynb)",
+        "[`CONTRIBUTING.md`](CONTRIBUTING.md)": "`CONTRIBUTING.md`",
         "`overstep`": "[`overstep`](#api-radius-overstep)",                    # of this notebook
         "`RadiusRule` and `PGD.step`": "[`RadiusRule`](#class-radius-radiusrule) and `PGD.step`",
         "`UniformStart`": "[`UniformStart`](#class-attacks-uniformstart)",     # of another, and only one
