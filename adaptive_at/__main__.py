@@ -9,9 +9,11 @@ __all__ = ['Parser', 'parser', 'main', 'train', 'specified', 'act', 'verify', 'p
 import argparse, shlex, sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from .base.errors import UserError, nearly
 from .base.files import project_root, user_path
 from .base.identity import from_spec
+if TYPE_CHECKING: from adaptive_at.training import Run
 
 # %% ../nbs/lib/95_cli.ipynb #50619536
 class Parser(argparse.ArgumentParser):

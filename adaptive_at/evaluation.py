@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
 import torch
 from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted

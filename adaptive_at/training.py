@@ -11,7 +11,6 @@ import ctypes, sys, time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import ClassVar
 import numpy as np, torch
 from torch import nn, Tensor
 from .attacks import PGD, on_scale, restarted, trusted

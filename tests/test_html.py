@@ -7,11 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adaptive_at import figures
-from adaptive_at.store import runs
-from adaptive_at.base.errors import UserError
 from adaptive_at.figures import Html, lines_of, number, styled, tag
-from adaptive_at.papers import table1_saat, table1_cat
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.parameters import start
 from adaptive_at.tables.plan import Needs, Plan, settle

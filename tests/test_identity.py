@@ -76,7 +76,7 @@ def test_a_process_that_was_sent_a_spec_finds_its_pieces(name):
 
 def test_the_modules_that_are_looked_in_define_all_pieces():
     import subprocess, sys
-    code = f"from importlib import import_module\nfrom adaptive_at.base.identity import HOMES, PIECES\nfor home in HOMES: import_module('adaptive_at.' + home)\nprint(len(PIECES))"
+    code = "from importlib import import_module\nfrom adaptive_at.base.identity import HOMES, PIECES\nfor home in HOMES: import_module('adaptive_at.' + home)\nprint(len(PIECES))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     dataclasses_of_the_package()
     assert int(found) == len(PIECES) and len(HOMES) == len(set(HOMES))

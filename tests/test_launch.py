@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -293,7 +292,7 @@ def test_ctrl_c_lets_tasks_save_and_ends_those_that_wait(ray, tmp_path, monkeypa
 
 def test_ctrl_c_ends_a_task_that_takes_too_long(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_jobs, "LONGEST", 0.5)
-    began, said = [], []
+    said = []
     with pytest.raises(Stopped): on_ray([Job(Waits(False))], "", "cpu", tmp_path, interrupt(1, said))
     for _ in range(100):
         if not workers(): break

@@ -14,7 +14,7 @@ from ..evaluation import Clean, Transfer, WhiteBox
 from ..algorithms.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, iaat, iaat_baseline
 from ..algorithms.baselines import natural, unit
 from ..networks import CIFAR10_IAAT
-from ..tables.plan import COPY, Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import COPY, Needs, Part, Plan, Recipe, Table
 
 def adaptive(p, warm=True, mode='train', misclassified='released'):
     "IAAT at Table 7's settings for this network."

@@ -25,7 +25,7 @@ from ..figures import styled
 from ..jobs.ray_jobs import installed, spoken_resources
 from ..algorithms.baselines import Method, OneCycle, Training, unit
 from ..jobs.distributed import enough
-from .parameters import COLUMN_ALIASES, Parameters, chosen, listed, printed
+from .parameters import COLUMN_ALIASES, Parameters, chosen, listed
 from ..store.runs import Store, hardware
 from ..training import Monitor, Run, threads
 from ..jobs.pool import cores

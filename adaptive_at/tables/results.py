@@ -31,7 +31,7 @@ from .parameters import printed, start
 from .plan import Block, Needs, Plan, Table, settle, spoken
 from ..store.runs import code_of, hardware, versions
 from ..jobs.interrupts import Stopped
-from ..training import Run, concerns
+from ..training import Run, concerns as of_training
 
 # %% ../../nbs/lib/90_results.ipynb #3684657c
 COLUMNS = 'dataset network row checkpoint column value ci_low ci_high n seeds std paper difference warning overrides run'.split()
@@ -111,7 +111,7 @@ def concerns(self:Results, run: Run) -> list[str]:
         ways = {'continued on another device': [str(m.get('device')) for m in made], 'continued on another execution path': [m.get('path', 'eager') for m in made]}
         other_code = any(m.get('code', code_of(run)) != code_of(run) for m in made)
         shares = max((m['processes'] for m in made if 'batch norm' in m), default=1)
-        self.concerned[run.id] = concerns(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1] + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1) + ['trained by other code than this: what it executes was edited since'] * other_code
+        self.concerned[run.id] = of_training(run, self.plan.store.history(run)) + [f'{what} ({", then ".join(dict.fromkeys(each))})' for what, each in ways.items() if len(set(each)) > 1] + [f'trained by {shares} processes, and batch norm saw the share of one of them at a time'] * (shares > 1) + ['trained by other code than this: what it executes was edited since'] * other_code
     return self.concerned[run.id]
 
 # %% ../../nbs/lib/90_results.ipynb #5bdbf174

@@ -111,7 +111,7 @@ def damaged(bases: Bases, state: str, name: str, fault: str, outputs: Path, rng:
     touched = path.read_bytes() if path.exists() else None
     if name == "radius.npz":   # only figures read it
         from adaptive_at.store.runs import Store
-        from .bench import FAULTY, parameters, tables
+        from .bench import FAULTY, parameters
         from adaptive_at.tables.parameters import start
         from adaptive_at.tables.plan import Plan, settle
         with contextlib.redirect_stdout(Said([])): run = Plan(FAULTY, settle(start("table1_daat", parameters(outputs, METHOD)))).blocks[0].runs[METHOD][0]
