@@ -1,5 +1,6 @@
 "Ids: the same wherever the code lies and whatever it is called, and those that stand in `outputs/` are planned again."
 import dataclasses
+import functools
 import importlib
 import json
 import pkgutil
@@ -114,6 +115,11 @@ def test_a_method_that_somebody_attaches_is_a_part_of_the_spec(monkeypatch):
     def other(self, x): return x / 2
     monkeypatch.setattr(PGD, "project", other)
     assert spec_hash(at(0.1)) not in (added, before)
+    @functools.wraps(PGD.__call__)
+    def wrapped(self, *args): return other(self, *args)
+    monkeypatch.undo()
+    monkeypatch.setattr(PGD, "__call__", wrapped)
+    assert "other(self, *args)" in to_spec(at(0.1).attack)["attached"]["PGD.__call__"]
     monkeypatch.undo()
     assert spec_hash(at(0.1)) == before
 

@@ -81,7 +81,7 @@ def test_links_lead_to_a_file_here_or_to_somebody_else_s_page(config):
     assert config["git_url"] == config["doc_host"] == ""
     texts = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}   # README.md is nbs/index.ipynb
     texts |= {path: "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
-              for path in (ROOT / "nbs").glob("*.ipynb") if path.name != config["readme_nb"]}
+              for path in (ROOT / "nbs").rglob("*.ipynb") if path.name != config["readme_nb"]}
     links = [(path, link) for path, text in texts.items()
              for link in re.findall(r"\]\(([^()\s]*)\)", re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.M | re.S))]   # [i](x) in code is none
     assert len(links) > 50

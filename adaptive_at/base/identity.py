@@ -177,18 +177,27 @@ def attached(kind: type) -> dict[str, str]:
     found = {}
     for base in (b for b in kind.__mro__ if b.__module__.partition('.')[0] == PACKAGE):
         for name, value in vars(base).items():
-            f = inspect.unwrap(getattr(value, 'fget', None) or getattr(value, '__func__', value)) if not isinstance(value, type) else None
-            if inspect.isfunction(f) and _is_foreign(f): found |= {f'{base.__name__}.{name}': qualified(f)} | sources(f)
+            f = getattr(value, 'fget', None) or getattr(value, '__func__', value)
+            if not inspect.isfunction(f) or not _is_foreign_module(f.__globals__.get('__name__', '')): continue   # where its code is: `functools.wraps` gives it the module of what it wraps
+            found |= {f'{base.__name__}.{name}': _code(f)} | sources(f)
     return found
+
+
+def _code(f: Callable) -> str:
+    "The source of a function itself, and not of what it wraps."
+    try: return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f.__code__))))
+    except (OSError, SyntaxError) as e: raise SourceUnknown(f'The source of {qualified(f)}, which was put on a class of this package, cannot be read, so its runs are not stored; define it in a notebook cell or a file.') from e
 
 
 def _is_foreign(obj) -> bool:
     "Is this defined by the user: neither in this package, nor in the standard library, nor installed?"
-    module = obj.__name__ if inspect.ismodule(obj) else obj.__module__
-    if not module: return False   # what `dataclass` wrote
+    return _is_foreign_module((obj.__name__ if inspect.ismodule(obj) else obj.__module__) or '')   # none: what `dataclass` wrote
+
+
+def _is_foreign_module(module: str) -> bool:
     top = module.partition('.')[0]
     if top == '__main__': return True   # also in a Ray worker, whose own `__main__` is an installed file
-    if top in (PACKAGE, 'builtins') or top in sys.stdlib_module_names: return False
+    if top in ('', PACKAGE, 'builtins') or top in sys.stdlib_module_names: return False
     where = getattr(sys.modules.get(module), '__file__', None) or ''
     return 'site-packages' not in where and 'dist-packages' not in where
 
