@@ -99,23 +99,23 @@ def specified(
 ) -> 'Run':
     "The run of a spec. Raises a `UserError` where it is not that of a run, or names what is not allowed."
     from adaptive_at.store.audit import everything, picked
-    from adaptive_at.store.checksums import read_sealed
+    from adaptive_at.store.checksums import read_checked_json
     place = user_path(spec)
     try: path = next((p for p in (place, place/'spec.json') if p.is_file()), None)
     except OSError: path = None   # too long for a file's name
     try: path = path or picked(everything(outputs), spec).folder/'spec.json'
     except UserError as e: raise UserError(f'there is no spec.json at {str(place)!r}, and {e}') from None
-    told = read_sealed(path).get('run')
+    told = read_checked_json(path).get('run')
     if not isinstance(told, dict) or told.get('piece') != 'Run': raise UserError(f'{path} is not the spec of a run.')
     return from_spec(told, allow)
 
 
 def act(told: argparse.Namespace, outputs: Path) -> int:
     "One command."
-    from adaptive_at.store.transfer import export, take_in  # PyTorch is imported after the command is known to be right
+    from adaptive_at.store.transfer import export, import_run  # PyTorch is imported after the command is known to be right
     from adaptive_at.store.audit import inventory, listing, picked, shown
     if told.what == 'import':
-        print(f'{take_in(told.file, outputs/"runs").name} is in the store; all that could be checked agrees.')
+        print(f'{import_run(told.file, outputs/"runs").name} is in the store; all that could be checked agrees.')
         return 0
     if not (outputs/'runs').is_dir(): raise UserError(f'{outputs} holds no runs; name the folder with --outputs.')
     hidden = []

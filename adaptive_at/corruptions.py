@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn, Tensor
 from .base.errors import Unreadable, UserError, nearly
-from .base.files import cannot_read, locked, replacing, user_path
+from .base.files import cannot_read, locked, atomic_write, user_path
 from .base.identity import piece, unhashed
 from .data.datasets import DatasetInfo, ImageFiles, to_unit
 from .evaluation import Column, Images
@@ -103,7 +103,7 @@ class Computed:
         with locked(path.with_suffix('.lock'), waiting=lambda text: None):
             if not path.exists():
                 rows = compute().flatten(0, 1).permute(0, 2, 3, 1).numpy()
-                with replacing(path) as part, open(part, 'wb') as f: np.save(f, rows)
+                with atomic_write(path) as part, open(part, 'wb') as f: np.save(f, rows)
         return read(path, len(x), x.shape[1:], torch.arange(len(x)))
 
     def place(self, x: Tensor, index: Tensor) -> Path:
@@ -183,11 +183,11 @@ def samples(
 ):                                            # a matplotlib Figure
     "One image under each corruption."
     import matplotlib.pyplot as plt           # here, as evaluations need neither
-    from adaptive_at.figures import look
+    from adaptive_at.figures import figure_style
     one = Images(images.x[:1], images.y[:1], images.index[:1])
     pictures = {'original': one.x[0].cpu()} | {name.replace('_', ' '): to_unit(source.images(name, one)[severity - 1, 0]) for name in names}
     columns = min(5, len(pictures))
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(-(-len(pictures) // columns), columns, figsize=(1.5 * columns, 1.75 * -(-len(pictures) // columns)), layout='constrained', squeeze=False)
         for ax in axes.flat: ax.axis('off')
         for ax, (title, picture) in zip(axes.flat, pictures.items()):

@@ -16,7 +16,7 @@ from .attacks import checked, per_example, project
 from .base.errors import UserError
 from .base.checks import one_of
 from .networks import MODES, in_mode
-from .base.rng import Noise
+from .base.rng import RandomStream
 
 # %% ../nbs/lib/35_deepfool.ipynb #42e479a2
 def rivals(
@@ -60,7 +60,7 @@ class DeepFool:
         x: Tensor,                # clean images, in [0,1]
         y: Tensor,                # classes [B]
         eps: float|Tensor,        # l_inf radius: one number, or one per example [B]
-        noise: Noise|None = None  # not used: DeepFool draws nothing
+        noise: RandomStream|None = None  # not used: DeepFool draws nothing
     ) -> Tensor:                  # adversarial images, inside both the ball and [0,1]; misclassified images come back as they are
         "Attack a batch."
         x_adv, left = x.clone(), torch.arange(len(x), device=x.device)   # `left`: who still stands

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from .attacks import PGD, CrossEntropy, Margin, gradient, per_example, project, restarted
 from .base.errors import UserError
 from .deepfool import DeepFool
-from .base.rng import Noise, key, uniform
+from .base.rng import RandomStream, key, uniform
 
 # %% ../nbs/lib/74_masking.ipynb #6809a9c5
 def wrapped(how: str) -> str: return f'wrap it in a module whose `forward` returns `{how}`'
@@ -148,7 +148,7 @@ def agreement(predicted: Tensor, measured: Tensor) -> float:
 @torch.no_grad()
 def noise_and_slope(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> tuple[list[Tensor], float]:
     "The logits under random signs of size eps, [B,K] each, and how well the gradient predicts what such steps do."
-    lead, noise, fits, answers = Lead(), Noise(key('noise'), torch.arange(len(x), device=x.device)), [], []
+    lead, noise, fits, answers = Lead(), RandomStream(key('noise'), torch.arange(len(x), device=x.device)), [], []
     grad, logits = gradient(model, x, lead, y)
     for size, times in ((SMALL * eps, 1), (eps, NOISES)):
         steps = [project(x + size * noise.of(k).uniform(x).sign(), x, per_example(size, x)) for k in range(times)]
@@ -194,6 +194,6 @@ def attacked_gradients(
         facts['noise_beats'] = int(torch.stack([goes_further(z[i], logits, y[i]) for z in noisy]).any(0).sum()) / n
     if isinstance(attack, PGD) and isinstance(loss, CrossEntropy) and attack.steps >= 10 and share(suspicious(logits, y[i])) > 0.1:
         on_margin = PGD(eps / 4, 10, Lead())
-        left = restarted(on_margin, model, x[i], y[i], eps, Noise(key('margin'), i))[1]
+        left = restarted(on_margin, model, x[i], y[i], eps, RandomStream(key('margin'), i))[1]
         facts['margin_breaks'] = int((~left).sum()) / n
     return facts

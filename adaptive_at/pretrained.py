@@ -21,8 +21,8 @@ from .tables.warnings import doubts
 from .evaluation import Column, evaluate, evaluation, interval
 from .store.transfer import opened
 from .networks import Classifier, Network
-from .tables.parameters import start
-from .tables.plan import Plan, Table, settle
+from .tables.parameters import check_parameters
+from .tables.plan import Plan, Table, open_session
 from .store.checksums import is_circumstance, why_failed
 
 NORMALISATION = (('mean', 'std'), ('mu', 'sigma'), ('_mean', '_std'), ('means', 'stds'), ('means', 'sds'), ('new_mean', 'new_std'),
@@ -165,7 +165,7 @@ def columns_of(
     **parameters         # as in the notebook's parameters cell: datasets, columns, test_examples, ...
 ) -> dict[str, Column]:
     "The attacks behind a table's columns on its first dataset, within the preset's limits; those made on another model of the table are left out."
-    block = Plan(table, settle(start(table.name, parameters | {'dry_run': True, 'figures': 'none'}))).blocks[0]
+    block = Plan(table, open_session(check_parameters(table.name, parameters | {'dry_run': True, 'figures': 'none'}))).blocks[0]
     return {c: block.columns[c] for c in block.shown if not block.columns[c].surrogate and not block.columns[c].needs()}
 
 

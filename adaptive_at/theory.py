@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import brentq, minimize
 from scipy.stats import norm, qmc
-from .figures import GREY, PALETTE, look
+from .figures import GREY, PALETTE, figure_style
 
 # %% ../nbs/lib/86_theory.ipynb #e16f0c0e
 def normal_points(
@@ -267,7 +267,7 @@ def fig2(
     classes = ((1, red, '^'), (-1, blue, 'v'))
     edge = 15
     grid = np.stack(np.meshgrid(*[np.linspace(-edge, edge, 151)] * 2), -1)
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(2, 3, figsize=(10, 7.4), sharex=True, sharey=True, layout='constrained')
         for row, name in zip(axes, methods):
             for ax, eps in zip(row, radii):

@@ -14,12 +14,12 @@ from adaptive_at.attacks import CleanStart, PGD
 from adaptive_at.algorithms.cat import adp_adv
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.dra import decaying, normalised, significant
-from adaptive_at.figures import PALETTE, look
+from adaptive_at.figures import PALETTE, figure_style
 from adaptive_at.algorithms.iaat import IAAT
 from adaptive_at.networks import Classifier
-from adaptive_at.radius import DAAT, Setting
+from adaptive_at.radius import DAAT, RuleContext
 from adaptive_at.algorithms.saat import StrengthAdaptivePGD, radii
-from adaptive_at.base.rng import Noise, key
+from adaptive_at.base.rng import RandomStream, key
 
 EPS, STEEP = 0.1, 3.                                       # radius on the [0,1] scale; logit per eps of margin
 MARGINS, EXAMPLES = torch.linspace(-1, 2.4, 137), torch.tensor([-0.5, 0.6, 2.])
@@ -41,13 +41,13 @@ def network() -> Classifier:
 def batch(margins: torch.Tensor, visit: int = 0) -> Batch:
     "Images of class 1 at these margins."
     index = torch.arange(len(margins))
-    return Batch(0.5 + EPS * margins.view(-1, 1, 1, 1), torch.ones(len(margins), dtype=torch.long), index, Noise(key("picture", visit), index))
+    return Batch(0.5 + EPS * margins.view(-1, 1, 1, 1), torch.ones(len(margins), dtype=torch.long), index, RandomStream(key("picture", visit), index))
 
 
 def visits(rule, margins: torch.Tensor, n: int, attack=PGD(EPS / 4, 10, start=CleanStart())) -> np.ndarray:
     "The radius of every image's attack at each of `n` visits, in units of eps [n, images]; the network stays as it is."
     model, path = network(), []
-    bank = rule.bank(Setting(len(margins), 2, 1))
+    bank = rule.bank(RuleContext(len(margins), 2, 1))
     if hasattr(bank, "head"): bank.head.load_state_dict({"weight": model.classifier.weight.detach(), "bias": torch.zeros(2)})
     for visit in range(n):
         b = batch(margins, visit)
@@ -61,7 +61,7 @@ def visits(rule, margins: torch.Tensor, n: int, attack=PGD(EPS / 4, 10, start=Cl
 
 def frames() -> list[plt.Axes]:
     "Two panels, each a figure of its own: on a phone they stand one below the other."
-    with look(): return [plt.subplots(figsize=(4.4, 3.2), layout="constrained")[1] for _ in range(2)]
+    with figure_style(): return [plt.subplots(figsize=(4.4, 3.2), layout="constrained")[1] for _ in range(2)]
 
 
 def by_margin(ax, limit: float) -> None:

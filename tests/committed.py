@@ -4,8 +4,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adaptive_at.data import datasets
-from adaptive_at.tables.parameters import TABLES, start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import TABLES, check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 
 ROOT = Path(__file__).resolve().parent.parent
 # Content hash and sizes of the image folder that stands in the committed outputs; it is not in git.
@@ -33,7 +33,7 @@ def injected(notebook):
 
 def plan(name, given):
     "The plan of a table for these parameters; nothing is read but what the table needs to know of its data."
-    session = settle(start(name, given | dict(dry_run=True, device="cpu")))
+    session = open_session(check_parameters(name, given | dict(dry_run=True, device="cpu")))
     return Plan(importlib.import_module(f"adaptive_at.papers.{name}").TABLE, session)
 
 

@@ -26,7 +26,7 @@ def numbers(*shape, seed=0):
 def labels(n, classes, seed=0): return (numbers(n, seed=seed + 1000) * classes).long()
 
 
-def noise(n, seed=0, start=0): return rng.Noise(rng.key("tests", "noise", seed), torch.arange(start, start + n))
+def noise(n, seed=0, start=0): return rng.RandomStream(rng.key("tests", "noise", seed), torch.arange(start, start + n))
 
 
 def seeded(seed, make):

@@ -13,7 +13,7 @@ from adaptive_at.base.identity import spec_hash
 from adaptive_at.evaluation import Transfer, evaluation
 from adaptive_at.attacks import PGD
 from adaptive_at.store.runs import Store
-from adaptive_at.store.checksums import read_sealed, write_sealed
+from adaptive_at.store.checksums import read_checked_json, write_checked_json
 
 from helpers import digits
 from test_cli import alone, cli, kept, outputs  # noqa: F401 - a store of four runs, one of which a table needs
@@ -28,16 +28,16 @@ def plans(monkeypatch, request):
 def spec_with(**changes):
     "A `spec.json` with the right checksum, of a run that hashes to the folder's new name."
     def spoil(folder):
-        facts = read_sealed(folder/"spec.json")
+        facts = read_checked_json(folder/"spec.json")
         run = {k: v for k, v in (facts["run"] | changes).items() if v is not KeyError}
-        write_sealed(folder/"spec.json", facts | {"run": run})
+        write_checked_json(folder/"spec.json", facts | {"run": run})
         folder.rename(folder.with_name(f"{folder.name.rpartition('-')[0]}-{spec_hash(run)}"))
     return spoil
 
 
 def facts_with(**changes):
     def spoil(folder):
-        write_sealed(folder/"spec.json", read_sealed(folder/"spec.json") | {k.replace("_", " "): v for k,
+        write_checked_json(folder/"spec.json", read_checked_json(folder/"spec.json") | {k.replace("_", " "): v for k,
                                                                             v in changes.items()})
     return spoil
 
@@ -52,7 +52,7 @@ def file(name, content):
 def evaluation_with(**changes):
     def spoil(folder):
         path, = folder.glob("evals/clean-*.json")
-        write_sealed(path, read_sealed(path) | changes)
+        write_checked_json(path, read_checked_json(path) | changes)
     return spoil
 
 

@@ -13,7 +13,7 @@ from adaptive_at.algorithms.cat import CAT, CATAttack, CAT_VGG16, CAT_WRN34, Lab
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.baselines import trades
 from adaptive_at.objectives import AdversarialCE
-from adaptive_at.radius import Fixed, Setting
+from adaptive_at.radius import Fixed, RuleContext
 from adaptive_at.training import train_step
 from helpers import labels, narrow, noise, numbers, same, wavy
 
@@ -32,7 +32,7 @@ class Steps(nn.Module):
 
 def scripted(rule, outcomes, n=1):
     "Radii after each visit of one example whose attack succeeds or fails as told, always using its whole radius."
-    bank, path = rule.bank(Setting(n, 2, 1)), []
+    bank, path = rule.bank(RuleContext(n, 2, 1)), []
     for success in outcomes:
         batch = Batch(torch.full((1, 1, 1, 1), 0.5), tensor(1), tensor(0))
         eps = rule.radius(bank, batch, Steps())
@@ -73,7 +73,7 @@ def test_v0_takes_over_what_the_attack_used():
 @pytest.mark.parametrize("capped, attacked", [("before", CAP), ("after", CAP + ETA)])
 def test_capped_after_lets_the_attack_go_eta_further(capped, attacked):
     rule = CAT(CAP, ETA, capped=capped)
-    bank, batch = rule.bank(Setting(1, 2, 1)), Batch(torch.full((1, 1, 1, 1), 0.9), tensor(1), tensor(0))
+    bank, batch = rule.bank(RuleContext(1, 2, 1)), Batch(torch.full((1, 1, 1, 1), 0.9), tensor(1), tensor(0))
     bank.eps[0] = CAP
     eps = rule.radius(bank, batch, Steps())
     assert eps.item() == pytest.approx(attacked)
@@ -85,7 +85,7 @@ def test_success_is_read_in_eval_mode_and_moves_no_buffer():
     net, rule = narrow(), CAT(0.1, 0.02)
     net.train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    bank, x, y = rule.bank(Setting(20, 10, net.width)), numbers(20, 1, 8, 8), labels(20, 10)
+    bank, x, y = rule.bank(RuleContext(20, 10, net.width)), numbers(20, 1, 8, 8), labels(20, 10)
     batch = Batch(x, y, torch.arange(20))
     new = rule.after_attack(bank, batch, x, net, rule.radius(bank, batch, net))
     assert net.training and same(before, net.state_dict())
@@ -95,7 +95,7 @@ def test_success_is_read_in_eval_mode_and_moves_no_buffer():
 
 def test_only_the_visited_move():
     rule = CAT(CAP, ETA)
-    bank = rule.bank(Setting(5, 2, 1))
+    bank = rule.bank(RuleContext(5, 2, 1))
     batch = Batch(torch.full((2, 1, 1, 1), 0.9), tensor(1, 0), tensor(3, 1))
     rule.after_attack(bank, batch, batch.x, Steps(), rule.radius(bank, batch, Steps()))
     assert torch.equal(bank.eps, tensor(0., 0., 0., ETA, 0.))
@@ -250,7 +250,7 @@ class Frozen(nn.Module):
 def test_which_radius_labels_the_attack_and_the_update(when):
     "Four examples at 0, on the way, just below the cap and at it; the second one is fooled."
     method, model = spied(cat(CAP, mixed=False, label=when)), Frozen()
-    bank = method.radius.bank(Setting(4, 2, 1))
+    bank = method.radius.bank(RuleContext(4, 2, 1))
     bank.eps[:] = old = tensor(0., .01, .03, CAP)
     x = tensor(.9, .51, .9, .9).view(4, 1, 1, 1)
     tried, new = tensor(.005, .015, CAP, CAP), tensor(.005, 0., CAP, CAP)
@@ -291,7 +291,7 @@ def test_v0_trains_on_the_clean_image_where_it_was_reset():
 def trained(method, steps=12, n=24):
     "Weights and bank after some steps on images that are easy, middling and hard."
     net = narrow(classes=3, seed=1)
-    opt, bank = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), method.radius.bank(Setting(n, 3, net.width))
+    opt, bank = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), method.radius.bank(RuleContext(n, 3, net.width))
     x, y = numbers(n, 1, 8, 8) * 0.5, labels(n, 3)
     x[torch.arange(n), 0, 2 * y] += 0.4
     paths = []

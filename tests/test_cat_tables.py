@@ -20,8 +20,8 @@ from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, scores
 from adaptive_at.algorithms.iaat import iaat
 from adaptive_at.algorithms.baselines import at, mart, natural, trades
 from adaptive_at.papers import table1_cat, table1_daat, table3_cat, table4_cat, table5_cat, table6_cat
-from adaptive_at.tables.parameters import COMMON, about, printed, start
-from adaptive_at.tables.plan import Plan, Protocol, settle
+from adaptive_at.tables.parameters import COMMON, about, printed, check_parameters
+from adaptive_at.tables.plan import Plan, TableContext, open_session
 from adaptive_at.tables.results import Results, run
 
 NBS = Path(__file__).resolve().parent.parent/"nbs"
@@ -32,7 +32,7 @@ TINY = dict(preset="quick", device="cpu", network="narrow-4", epochs=1, train_ex
 
 
 def planned(name, table=None, **parameters):
-    return Plan(table or TABLES[name], settle(start(name, dict(preset="paper", device="cpu", dry_run=True) | parameters)))
+    return Plan(table or TABLES[name], open_session(check_parameters(name, dict(preset="paper", device="cpu", dry_run=True) | parameters)))
 
 
 def method(name, row, **parameters): return planned(name, **parameters).blocks[0].runs[row][0].method
@@ -113,7 +113,7 @@ def test_the_ablations_follow_the_reader_too():
 
 def test_a_label_cannot_give_away_more_than_all():
     assert method("table3_cat", "CAT (ours)", c=255/8).objective.c * EPS == pytest.approx(1)
-    with pytest.raises(UserError, match="c is 40.*31.875"): start("table3_cat", dict(c=40.))
+    with pytest.raises(UserError, match="c is 40.*31.875"): check_parameters("table3_cat", dict(c=40.))
 
 
 def test_the_variants_are_seven_methods():
@@ -130,7 +130,7 @@ def test_the_variants_are_seven_methods():
 
 # Columns
 
-def columns(name, eps=EPS, network="vgg16"): return TABLES[name].columns(Protocol("cifar10", network, eps, "paper"))
+def columns(name, eps=EPS, network="vgg16"): return TABLES[name].columns(TableContext("cifar10", network, eps, "paper"))
 
 
 def test_table_1_attacks_both_parts_within_a_third():
@@ -138,7 +138,7 @@ def test_table_1_attacks_both_parts_within_a_third():
     assert found["robust train eps=0.01"] == replace(found["robust test eps=0.01"], part="train")
     column = found["robust test eps=0.01"]
     assert (column.eps, column.part, column.attack.steps, column.attack.alpha) == (0.01, "test", 20, 0.002)
-    assert table1_cat.TABLE.more_columns(Protocol("cifar10", "vgg16", 0.03, "paper")) == {"AA": AutoAttack(0.01)}
+    assert table1_cat.TABLE.more_columns(TableContext("cifar10", "vgg16", 0.03, "paper")) == {"AA": AutoAttack(0.01)}
 
 
 def test_steps_are_a_fifth_of_the_radius_and_the_margin_saturates():
@@ -181,7 +181,7 @@ def test_the_parameters_cell_is_what_is_registered(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_claims_name_rows_and_columns_of_the_table(name):
     cell, = (c for c in cells(name) if c.startswith("results.claims("))
-    p, table = Protocol("cifar10", "vgg16", EPS, "paper"), TABLES[name]
+    p, table = TableContext("cifar10", "vgg16", EPS, "paper"), TABLES[name]
     rows, known = {**table.rows(p), **table.extra_rows(p)}, {**table.columns(p), **table.more_columns(p)}
     claims = ast.literal_eval(ast.parse(cell).body[0].value.args[0])
     assert claims

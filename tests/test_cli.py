@@ -22,9 +22,9 @@ from adaptive_at.store.transfer import opened
 from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import TABLES, start
+from adaptive_at.tables.parameters import TABLES, check_parameters
 from adaptive_at.pretrained import plain, scored
-from adaptive_at.tables.plan import Needs, Plan, settle
+from adaptive_at.tables.plan import FigureInputs, Plan, open_session
 from adaptive_at.store.runs import Store
 from adaptive_at.store.checksums import checksum
 from adaptive_at.jobs.interrupts import Stopped
@@ -95,7 +95,7 @@ def test_the_module_runs_from_the_shell(outputs):
 def test_plans_know_their_runs_before_a_table_is_written(tmp_path):
     found = inv.planned(tmp_path, ROOT/"data", seeds=2)
     assert {table.split()[0] for tables in found.values() for table in tables} == set(TABLES) - {"frontier"}  # which trains nothing
-    plan = Plan(TABLE, settle(start("table1_daat", dict(preset="quick", device="cpu", figures="all", seeds=2, dry_run=True, outputs=str(tmp_path)))))
+    plan = Plan(TABLE, open_session(check_parameters("table1_daat", dict(preset="quick", device="cpu", figures="all", seeds=2, dry_run=True, outputs=str(tmp_path)))))
     runs = [r for b in plan.blocks for seeds in b.runs.values() for r in seeds]
     assert runs and all("table1_daat quick" in found[r.id] for r in runs)
     assert not list(tmp_path.iterdir()), "looking writes nothing"
@@ -163,9 +163,9 @@ def test_prune_keeps_a_run_that_is_being_evaluated(outputs, capsys):
 
 
 def test_prune_keeps_what_figures_and_stopped_commands_need(tmp_path, capsys):
-    table = replace(TABLE, figures={"fig3": Needs(("Enlarged DAAT",))})
+    table = replace(TABLE, figures={"fig3": FigureInputs(("Enlarged DAAT",))})
     def command(tell=lambda line: None, **changes):
-        execute(Plan(table, settle(start(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", rows="Natural", columns="clean", outputs=str(tmp_path)) | changes))), tell)
+        execute(Plan(table, open_session(check_parameters(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", rows="Natural", columns="clean", outputs=str(tmp_path)) | changes))), tell)
     def stop(line):
         if line.endswith(": trained"): raise KeyboardInterrupt
     with pytest.raises(Stopped): command(stop)

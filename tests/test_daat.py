@@ -5,12 +5,12 @@ import pytest
 import torch
 from adaptive_at.data import datasets
 from adaptive_at.attacks import PGD
-from adaptive_at.evaluation import pack
+from adaptive_at.evaluation import encode_verdicts
 from adaptive_at.algorithms.baselines import Training, at, daat, fat
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.papers.table1_daat import TABLE, fixed
-from adaptive_at.tables.plan import Protocol
-from adaptive_at.tables.results import smaller
+from adaptive_at.tables.plan import TableContext
+from adaptive_at.tables.results import auc_with_ci
 from adaptive_at.training import Monitor, Run, State, threads, train
 
 EPS = 0.25
@@ -55,7 +55,7 @@ def test_fig4_enlarged_reaches_beyond_eps_and_not_beyond_its_cap(banks):
 
 
 def test_every_row_a_figure_needs_exists():
-    p = Protocol("digits", "resnet18", EPS, "quick")
+    p = TableContext("digits", "resnet18", EPS, "quick")
     rows, columns = TABLE.rows(p) | TABLE.extra_rows(p), TABLE.columns(p) | TABLE.extra_columns(p)
     for name, need in TABLE.figures.items():
         assert set(need.rows) <= set(rows), name
@@ -66,13 +66,13 @@ def test_every_row_a_figure_needs_exists():
 
 @pytest.mark.parametrize("a, b, share", [([1, 2], [3, 4], 1.0), ([3, 4], [1, 2], 0.0), ([1, 2], [1, 2], 0.5), ([0, 5], [1, 2, 3], 0.5)])
 def test_effect_size_counts_pairs(a, b, share):
-    assert smaller(np.array(a, float), np.array(b, float))[0] == pytest.approx(share)
+    assert auc_with_ci(np.array(a, float), np.array(b, float))[0] == pytest.approx(share)
 
 
 def test_effect_size_interval_covers_the_truth():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(200):
-        area, half = smaller(rng.normal(0, 1, 40), rng.normal(1, 1, 60))
+        area, half = auc_with_ci(rng.normal(0, 1, 40), rng.normal(1, 1, 60))
         hits += abs(area - 0.7602) < half  # P(N(0,1) < N(1,1)) = Phi(1/sqrt 2)
     assert 0.9 < hits / 200 <= 1
 
@@ -85,7 +85,7 @@ class Stored:
         self.results = object.__new__(Results)
         block = Name(info=Name(name="digits", label="digits"))
         self.results.plan = Name(parameters=Name(dry_run=False), blocks=[block], table=Name(checkpoints=("last",)), named=lambda block: "digits", folder=folder, whole=lambda: self.results.plan)
-        self.results.cells = {(0, row, "natural", "last"): [{"standing": pack(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
+        self.results.cells = {(0, row, "natural", "last"): [{"standing": encode_verdicts(torch.tensor(v, dtype=torch.bool)), "n": len(v), "accuracy": 100 * np.mean(v)}] for row, v in verdicts.items()}
 
     def verdict(self, higher, lower):
         return self.results.claims([("c", higher, lower, "natural")]).data["this run"].iloc[0]

@@ -12,7 +12,7 @@ from torch import nn
 from adaptive_at.attacks import KL, NormalStart, PGD, UniformStart
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash, to_spec
-from adaptive_at.base.schedules import in_epoch
+from adaptive_at.base.schedules import resolve_schedules
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, HalfAndHalf, Replay, Scheduled, Source, accuracy, calibrate, decaying, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_dra, madry_pgd, normalised, on_mnist, pgd_finetune, significant, success, trades_dra, trades_pgd
 from adaptive_at.algorithms.baselines import Training, at, mart, natural, trades
@@ -174,14 +174,14 @@ def test_the_sources_path_is_not_part_of_the_identity(source):
 # The schedule
 
 def test_the_schedule_at_60_epochs():
-    eps = [in_epoch(dra_finetune(8/255), e, 60).radius.eps * 255 for e in range(60)]
+    eps = [resolve_schedules(dra_finetune(8/255), e, 60).radius.eps * 255 for e in range(60)]
     assert eps[:50] == pytest.approx(np.linspace(2, 0.5, 50)) and eps[50:] == [0] * 10
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 7, 12, 20, 25, 30, 60, 61])
 def test_clean_only_is_when_the_radius_is_0_at_any_length(epochs):
     for e in range(epochs):
-        m = in_epoch(dra_finetune(8/255), e, epochs)
+        m = resolve_schedules(dra_finetune(8/255), e, epochs)
         late = Training(epochs=epochs, lr=FINE_TUNE.lr, schedule=FINE_TUNE.schedule).lr_at(e + 0.5) < FINE_TUNE.lr
         assert (m.radius.eps > 0) == bool(m.objective.adversarial) == (not late)
 
@@ -210,8 +210,8 @@ def stepped(method, seed=0):
 
 
 def _setting(net):
-    from adaptive_at.radius import Setting
-    return Setting(8, 10, net.width)
+    from adaptive_at.radius import RuleContext
+    return RuleContext(8, 10, net.width)
 
 
 def test_replay_takes_two_steps_clean_first():
@@ -228,9 +228,9 @@ def test_replay_takes_two_steps_clean_first():
 
 
 def test_clean_only_epochs_take_one_step_of_natural_training():
-    net, steps = stepped(in_epoch(dra_finetune(8/255), 55, 60))
+    net, steps = stepped(resolve_schedules(dra_finetune(8/255), 55, 60))
     assert steps == 1 and same(net.state_dict(), stepped(natural())[0].state_dict())
-    assert stepped(in_epoch(dra_finetune(8/255), 49, 60))[1] == 2
+    assert stepped(resolve_schedules(dra_finetune(8/255), 49, 60))[1] == 2
 
 
 def test_half_and_half_is_one_step_on_the_mean():

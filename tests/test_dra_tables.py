@@ -11,16 +11,16 @@ from adaptive_at.attacks import KL, NormalStart, PGD
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.data.datasets import Augment
 from adaptive_at.algorithms.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
-from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, unpack, wilson
+from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, decode_verdicts, wilson
 from adaptive_at.algorithms.baselines import MART_RESNET18, Training, at, mart, natural, trades
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import MART, TRADES
 from adaptive_at.papers.table3_dra import calibration, fig3
 from adaptive_at.papers.table4_dra import ATTACKED, SHARES, attack, fig4, success_rate
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Plan, settle
-from adaptive_at.base.rng import Noise, key
-from adaptive_at.tables.results import Results, execute, replaced
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import Plan, open_session
+from adaptive_at.base.rng import RandomStream, key
+from adaptive_at.tables.results import Results, execute, substitution_note
 
 from helpers import digits, robust_digits
 
@@ -29,7 +29,7 @@ def module(n): return importlib.import_module(f"adaptive_at.papers.table{n}_dra"
 
 def planned(n, outputs, preset="paper", **parameters):
     told = dict(preset=preset, device="cpu", outputs=str(outputs), dry_run=preset == "paper") | parameters
-    return Plan(module(n).TABLE, settle(start(f"table{n}_dra", told)))
+    return Plan(module(n).TABLE, open_session(check_parameters(f"table{n}_dra", told)))
 
 
 def block(n, tmp_path, **parameters):
@@ -99,7 +99,7 @@ def test_table_2_is_the_papers_recipe_for_mnist(tmp_path):
 def test_table_2_runs_autoattack_on_as_many_images_as_it_is_told_and_says_so(tmp_path, preset, told, limit):
     plan = planned(2, tmp_path, preset, columns="all", **told)
     assert plan.blocks[0].columns["AA"].limit == limit and all(not getattr(c, "limit", 0) for name, c in plan.blocks[0].columns.items() if name != "AA")
-    assert [replaced(plan.blocks[0], "AA", plan)] == ([f"† AA on the first {limit} of these images: compare it within its column."] if limit else [""])
+    assert [substitution_note(plan.blocks[0], "AA", plan)] == ([f"† AA on the first {limit} of these images: compare it within its column."] if limit else [""])
     assert ("; ".join(plan.overrides) != "") is bool(told)
 
 
@@ -184,7 +184,7 @@ def test_an_evaluation_with_dra_attacks_what_is_right_and_nothing_else():
     x, y = datasets.to_unit(data.test.x[index]), data.test.y[index]
     result = evaluate(evaluation(WhiteBox(DRA(0.5), 0.05), data.info.identity, "w", examples=200), model, data)
     with torch.no_grad(): right, fooled = model(x).argmax(1) == y, model(DRA(0.5)(model, x, y, 0.05)).argmax(1) != y
-    assert right.sum() < 200 and torch.equal(unpack(result["standing"]), right & ~fooled) and 0 < (right & fooled).sum() < right.sum()
+    assert right.sum() < 200 and torch.equal(decode_verdicts(result["standing"]), right & ~fooled) and 0 < (right & fooled).sum() < right.sum()
     assert result["zero_gradients"] == 0
 
 
@@ -238,7 +238,7 @@ def test_calibration_measures_the_clean_network_on_the_validation_part(vanilla):
     index = datasets.balanced(data.val.y, 0)
     x, y, r = datasets.to_unit(data.val.x[index]), data.val.y[index], 2.55 / 8 * 0.25
     def left(attack, eps):
-        with in_mode(model, "eval"), torch.no_grad(): return 100 * float((model(attack(model, x, y, eps, Noise(key("calibrate"), torch.arange(150)))).argmax(1) == y).float().mean())
+        with in_mode(model, "eval"), torch.no_grad(): return 100 * float((model(attack(model, x, y, eps, RandomStream(key("calibrate"), torch.arange(150)))).argmax(1) == y).float().mean())
     assert weak["PGD at 2.55 leaves"] == f"{left(PGD(r / 20, 20), r):.1f}%" and strong["PGD at 2.55 leaves"] == f"{left(PGD(r / 4, 20), r):.1f}%"
     assert weak["with factor"] == "1.2" and weak["DRA at 1 leaves"] == f"{left(DRA(), 1.2 / 8 * 0.25):.1f}%"
     found = float(weak["they are equal with factor"])

@@ -16,7 +16,7 @@ from torch import nn
 
 from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import FGSM, PGD, Margin, UniformStart
-from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, mean_interval, pack, paired, unpack, wilson)
+from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, mean_interval, encode_verdicts, paired, decode_verdicts, wilson)
 from adaptive_at.networks import fingerprint
 from adaptive_at.tables.results import Results
 from helpers import digits, narrow, numbers, random_data, robust_digits, same, short_autoattack, wavy
@@ -101,7 +101,7 @@ def test_a_walk_interrupted_after_any_batch_ends_with_the_same_verdicts(short, c
     saves = []
     whole = column.standing(model, images, save=lambda p: saves.append(copy.deepcopy(p)))
     batches = len(calls)
-    assert len(saves) == batches > 7 and {p["attack"] for p in saves} == {0, 1, 2, 3} and saves[-1]["standing"] == pack(whole)
+    assert len(saves) == batches > 7 and {p["attack"] for p in saves} == {0, 1, 2, 3} and saves[-1]["standing"] == encode_verdicts(whole)
     assert 0 < whole.sum() < 20
     for at, keep in [*((k, True) for k in range(1, batches + 1)), (0, False), (3, False), (batches - 1, False)]:
         saved = interrupted(column, model, images, at, keep)
@@ -246,7 +246,7 @@ def test_results_add_up():
     subset = ds.balanced(data.test.y, 50)
     right = model(ds.to_unit(data.test.x[subset])).argmax(1) == data.test.y[subset]
     clean, robust = results.values()
-    assert unpack(clean["standing"]).tolist() == right.tolist() and clean["n"] == 50
+    assert decode_verdicts(clean["standing"]).tolist() == right.tolist() and clean["n"] == 50
     assert clean["accuracy"] == pytest.approx(100 * right.double().mean()) and robust["accuracy"] < clean["accuracy"]
     shares = model(ds.to_unit(data.test.x[subset])).argmax(1).bincount() / 50
     assert clean["top_class_share"] == pytest.approx(float(shares.max())) and clean["finite"] is True and robust["zero_gradients"] == 0.
@@ -281,7 +281,7 @@ def test_an_evaluation_s_identity_holds_all_that_moves_a_verdict():
 
 @given(st.lists(st.booleans(), max_size=40))
 def test_flags_survive_being_written(flags):
-    assert unpack(pack(torch.tensor(flags, dtype=torch.bool))).tolist() == flags
+    assert decode_verdicts(encode_verdicts(torch.tensor(flags, dtype=torch.bool))).tolist() == flags
 
 
 # Intervals
@@ -333,7 +333,7 @@ def test_a_difference_over_seeds_takes_images_with_images_and_seeds_with_seeds()
     "What `claims.csv` and `variants.csv` say of two rows with two seeds each; a row that was not run has no difference."
     told = {"a": ["1101", "1100"], "b": ["0101", "0000"], "c": []}
     of = SimpleNamespace(by_seed=lambda block, row, column, which: [{"standing": text} for text in told[row]])
-    a, b = (torch.stack([unpack(text) for text in told[row]]) for row in "ab")
+    a, b = (torch.stack([decode_verdicts(text) for text in told[row]]) for row in "ab")
     d = Results._difference(of, None, "a", "b", "AA", "")
     assert tuple(d.values()) == (*mean_interval(100 * (a.double() - b.double())), 4, 2) and d["difference"] == 37.5
     assert (Results._difference(of, None, "a", "c", "AA", "")["n"], Results._difference(of, None, "c", "c", "AA", "")["seeds"]) == (0, 0)

@@ -16,9 +16,9 @@ from adaptive_at.tables import plan as plans, results as tables
 from adaptive_at.base import files
 from adaptive_at.__main__ import main
 from adaptive_at.base.errors import UserError
-from adaptive_at.base.files import locked, read_json, replacing, write_json, write_text
+from adaptive_at.base.files import locked, read_json, atomic_write, write_json, write_text
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import start
+from adaptive_at.tables.parameters import check_parameters
 from adaptive_at.store.runs import Store
 
 from helpers import digits
@@ -59,7 +59,7 @@ def test_two_containers_with_one_process_id_lose_no_write(tmp_path, monkeypatch)
 
 def test_a_temporary_file_says_whose_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "Machine_1/übel")
-    with replacing(tmp_path/"a.json") as one, replacing(tmp_path/"a.json") as other:
+    with atomic_write(tmp_path/"a.json") as one, atomic_write(tmp_path/"a.json") as other:
         assert one != other and one.parent == tmp_path
         for part in (one, other):
             assert part.name.startswith(f".a.json.machine-1-bel.{os.getpid()}.") and part.name.endswith(".part")
@@ -88,7 +88,7 @@ def sentence(work, *parts):
 
 def writing(path):
     def work():
-        with replacing(path) as part: part.write_text("x")
+        with atomic_write(path) as part: part.write_text("x")
     return work
 
 
@@ -171,7 +171,7 @@ def trained(tmp_path_factory):
 SMALL = dict(preset="quick", device="cpu", epochs=1, train_examples=64, test_examples=20, rows="Natural", columns="clean", figures="none")
 
 
-def planned(outputs): return plans.Plan(TABLE, plans.settle(start("table1_daat", SMALL | {"outputs": str(outputs), "dry_run": True})))
+def planned(outputs): return plans.Plan(TABLE, plans.open_session(check_parameters("table1_daat", SMALL | {"outputs": str(outputs), "dry_run": True})))
 
 
 def cell(plan):
@@ -290,7 +290,7 @@ def test_a_folder_that_may_not_even_be_looked_into_is_refused(tmp_path):
     (folder/"closed").mkdir(mode=0o700)
     folder.chmod(0o755)
     def starts():
-        try: start("table1_daat", dict(outputs=str(folder/"closed"/"outputs")))
+        try: check_parameters("table1_daat", dict(outputs=str(folder/"closed"/"outputs")))
         except UserError as e: return e
     said = as_nobody(starts)
     shutil.rmtree(folder)

@@ -11,8 +11,8 @@ from adaptive_at.algorithms.dra import dra_finetune
 from adaptive_at.tables.frontier import cost, draw, front, listing, measure, trained
 from adaptive_at.algorithms.baselines import Training, at, natural, trades
 from adaptive_at.networks import NarrowResNet
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import settle
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import open_session
 from adaptive_at.tables.results import run
 from adaptive_at.attacks import PGD
 from adaptive_at.training import Monitor, Run
@@ -43,7 +43,7 @@ def outputs(tmp_path_factory):
     return folder
 
 
-def session(outputs, **parameters): return settle(start("frontier", TINY | {"outputs": str(outputs)} | parameters))
+def session(outputs, **parameters): return open_session(check_parameters("frontier", TINY | {"outputs": str(outputs)} | parameters))
 
 
 def test_it_draws_what_the_store_holds_and_trains_nothing(outputs):

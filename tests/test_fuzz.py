@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from adaptive_at.data import datasets
 from adaptive_at.base.errors import UserError
-from adaptive_at.tables.parameters import COMMON, TABLES, about, start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import COMMON, TABLES, about, check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 
 WORDS = ["", " ", ",", "all", "auto", "quick", "fast", "paper", "digits", "cifar10", "cifar100,svhn", "mnist", "imagenet", "imagefolder:nowhere", "imagefolder:", "natural", "clean,AA", "Natural", "Standard AT,DAAT", "AT (",
          "PGD-20", "main", "none", "fig2,fig3", "cpu", "cuda", "cuda:7", "mps", "tpu", "fp32", "bf16", "narrow", "local", "ray", "resnet18", "wrn34-10", "data", "/proc/nowhere", "../..", "a\0b", "~", "é☃", "None", "0"]
@@ -35,7 +35,7 @@ def test_any_parameters_are_a_plan_or_a_sentence(table, elsewhere, capsys):
     @given(st.dictionaries(st.sampled_from([*known, *about(table), "epoch"]), values, min_size=1, max_size=2))
     def fuzzed(told):
         parameters = dict(preset="quick", dry_run=True, device="cpu") | told
-        try: plan = Plan(module, settle(start(table, dict(parameters))))
+        try: plan = Plan(module, open_session(check_parameters(table, dict(parameters))))
         except UserError as e:
             text = str(e)
             assert text.endswith(".") and "\n" not in text and len(text) < 1500, text

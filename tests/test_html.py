@@ -9,9 +9,9 @@ import pytest
 
 from adaptive_at.figures import Html, lines_of, number, styled, tag
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Needs, Plan, settle
-from adaptive_at.store.checksums import read_sealed, write_sealed
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import FigureInputs, Plan, open_session
+from adaptive_at.store.checksums import read_checked_json, write_checked_json
 from adaptive_at.tables.results import Results, execute
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,16 +59,16 @@ def shared(tmp_path_factory):
     table = replace(TABLE, title=f"Title {TAG}.", rows=named,
                     columns=lambda p: {f"{c} {TAG}": TABLE.columns(p)[c]
                                        for c in ("natural", "FGSM")} | {"natural": TABLE.columns(p)["natural"]},
-                    more_columns=lambda p: {}, extra_rows=lambda p: {}, extra_columns=lambda p: {}, figures={"fig3": Needs((f"Natural {TAG}", f"Standard AT {TAG}"), (f"FGSM {TAG}",))})
+                    more_columns=lambda p: {}, extra_rows=lambda p: {}, extra_columns=lambda p: {}, figures={"fig3": FigureInputs((f"Natural {TAG}", f"Standard AT {TAG}"), (f"FGSM {TAG}",))})
     def plan():
-        return Plan(table, settle(start(TABLE.name,
+        return Plan(table, open_session(check_parameters(TABLE.name,
                                         dict(preset="quick", device="cpu", epochs=1, train_examples=60,
                                              test_examples=20, figures="fig3", outputs=str(outputs)))))
     execute(plan(), tell=lambda line: None)
     for path in outputs.glob("runs/*/spec.json"):   # as somebody who shares a run may write it
-        facts = read_sealed(path)
+        facts = read_checked_json(path)
         made = [made | {"device": f"{n} {TAG}", "path": f"{n} {TAG}"} for n, made in enumerate(2 * facts["made with"])]
-        write_sealed(path, facts | {"made with": made} | ({"diverged": TAG} if "natural" in path.parent.name
+        write_checked_json(path, facts | {"made with": made} | ({"diverged": TAG} if "natural" in path.parent.name
                                                           or "fixed-noattack" in path.parent.name else {}))
     found = plan()
     block = found.blocks[0]

@@ -11,13 +11,13 @@ from torch import nn
 
 from adaptive_at.attacks import PGD, CleanStart, UniformStart, per_example
 from adaptive_at.base.identity import spec_hash
-from adaptive_at.base.schedules import in_epoch
+from adaptive_at.base.schedules import resolve_schedules
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.iaat import CrossingPGD, EIGHT, HalfRandomTargetPGD, IAAT, IAAT_RESNET18, IAAT_WRN, MixupCE, PerRun, RandomTargetPGD, SIXTEEN, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, imagenet_training, mixing, mixup_at, other_class
 from adaptive_at.algorithms.baselines import Method, Training
 from adaptive_at.objectives import AdversarialCE
-from adaptive_at.radius import Fixed, Setting
-from adaptive_at.base.rng import Noise, key
+from adaptive_at.radius import Fixed, RuleContext
+from adaptive_at.base.rng import RandomStream, key
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from helpers import OneLayer, labels, narrow, noise, numbers, random_data, same, wavy
 
@@ -66,7 +66,7 @@ class Marked:
 def visits(rule, script, start):
     "Radii and memories of one example per column, for a script [visit][example](clean, same, plus)."
     n, model = len(script[0]), Scripted()
-    bank = rule.bank(Setting(n, 2, 1))
+    bank = rule.bank(RuleContext(n, 2, 1))
     bank.eps[:] = torch.tensor(start)
     batch = Batch(torch.zeros(n, 2, 1, 1), torch.ones(n, dtype=torch.long), torch.arange(n), noise(n))
     radii, memories = [], []
@@ -140,12 +140,12 @@ def test_the_memory_at_the_end_of_the_warm_up():
 @pytest.mark.parametrize("warmup, epochs, length, warm", [(5, 200, 200, 5), (10, 110, 110, 10), (0, 200, 200, 0), (5, 200, 30, 1), (10, 110, 30, 3), (5, 200, 20, 1), (5, 200, 3, 1), (0, 200, 20, 0)])
 def test_the_warm_up_lasts_the_papers_epochs(warmup, epochs, length, warm):
     method = iaat(EIGHT, warmup, epochs)
-    assert [bool(in_epoch(method, e, length).radius.warm) for e in range(length)] == [True] * warm + [False] * (length - warm)
+    assert [bool(resolve_schedules(method, e, length).radius.warm) for e in range(length)] == [True] * warm + [False] * (length - warm)
 
 
 def test_without_warm_up_memories_start_from_0_and_grow():
-    method = in_epoch(iaat(EIGHT, warmup=0), 0, 200)
-    assert not method.radius.warm and method.radius.bank(Setting(3, 2, 1)).eps.tolist() == [0.] * 3
+    method = resolve_schedules(iaat(EIGHT, warmup=0), 0, 200)
+    assert not method.radius.warm and method.radius.bank(RuleContext(3, 2, 1)).eps.tolist() == [0.] * 3
     radii, _, _ = visits(rule(), [[(1, 1, 1)], [(1, 1, 1)]], [0.])
     assert close(radii[:, 0], tensor(0.19, 0.38))
 
@@ -190,7 +190,7 @@ def test_the_rule_equals_alg_2_example_by_example(misclassified):
     attack = CrossingPGD(0.01, 5)
     memory, stream, index = numbers(n, seed=5) * 0.08, noise(n), torch.arange(n)
     ours = IAAT(0.05, attack, gamma, 0.1, misclassified=misclassified)
-    bank = ours.bank(Setting(n + 3, 3, 6))
+    bank = ours.bank(RuleContext(n + 3, 3, 6))
     bank.eps[:n] = memory
     eps = ours.radius(bank, Batch(x, y, index, stream), model)
     radii, memories = alg_2(model, x, y, memory, attack, gamma, 0.1, stream, misclassified)
@@ -204,7 +204,7 @@ def test_a_radius_belongs_to_its_example_whatever_the_batch():
     model, x, y = wavy(n, seed=3)
     ours = IAAT(0.05, CrossingPGD(0.01, 4), 0.02, 0.1)
     order = torch.arange(n).flip(0)[:17]
-    banks = [ours.bank(Setting(n, 3, 6)) for _ in range(2)]
+    banks = [ours.bank(RuleContext(n, 3, 6)) for _ in range(2)]
     for b in banks: b.eps[:] = numbers(n, seed=6) * 0.08
     whole = ours.radius(banks[0], Batch(x, y, torch.arange(n), noise(n)), model)
     part = ours.radius(banks[1], Batch(x[order], y[order], order, noise(n)[order]), model)
@@ -222,7 +222,7 @@ def test_the_trials_and_the_attack_have_starts_of_their_own():
     model.script([(1, 1, 1)], tensor(0.))
     ours = rule(attack=Listening())
     batch = Batch(torch.zeros(1, 2, 1, 1), tensor(1), tensor(0), noise(1))
-    ours.radius(ours.bank(Setting(1, 2, 1)), batch, model)
+    ours.radius(ours.bank(RuleContext(1, 2, 1)), batch, model)
     assert len({*seen, batch.noise.of("attack").key}) == 3
 
 
@@ -246,19 +246,19 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("epoch, forwards, backwards", [(0, 1 + 10 + 1, 10 + 1), (5, 1 + 20 + 2 + 10 + 1, 20 + 10 + 1)])
 def test_what_a_step_costs_and_which_forwards_move_batch_norm(epoch, forwards, backwards, mode):
-    method, model, n = in_epoch(iaat(0.1, mode=mode), epoch, 200), Counting().train(), 6
-    bank = method.radius.bank(Setting(n, 10, 128))
+    method, model, n = resolve_schedules(iaat(0.1, mode=mode), epoch, 200), Counting().train(), 6
+    bank = method.radius.bank(RuleContext(n, 10, 128))
     batch = Batch(numbers(n, 1, 8, 8), labels(n, 10), torch.arange(n))
     train_step(method, model, bank, torch.optim.SGD(model.parameters(), 0.1), batch, noise(n))
     assert (model.forwards, model.backwards) == (forwards, backwards) and model.training
     assert model.moved == (forwards if mode == "train" else 1)
-    assert in_epoch(iaat(0.1), 5, 200).radius.passes == 20 + 1
+    assert resolve_schedules(iaat(0.1), 5, 200).radius.passes == 20 + 1
 
 
 def test_the_rule_trains_nothing():
-    model, method, n = narrow().train(), in_epoch(iaat(0.1), 5, 200), 6
+    model, method, n = narrow().train(), resolve_schedules(iaat(0.1), 5, 200), 6
     before = copy.deepcopy(dict(model.named_parameters()))
-    eps = method.radius.radius(method.radius.bank(Setting(n, 10, 16)), Batch(numbers(n, 1, 8, 8), labels(n, 10), torch.arange(n), noise(n)), model)
+    eps = method.radius.radius(method.radius.bank(RuleContext(n, 10, 16)), Batch(numbers(n, 1, 8, 8), labels(n, 10), torch.arange(n), noise(n)), model)
     assert same(before, dict(model.named_parameters())) and all(p.grad is None for p in model.parameters()) and not eps.requires_grad
 
 
@@ -358,7 +358,7 @@ def test_random_targets_are_descended_from_a_uniform_start():
 
 # Mixup
 
-def indices(*values): return Noise(key("mixup"), torch.tensor(values))
+def indices(*values): return RandomStream(key("mixup"), torch.tensor(values))
 
 
 @given(st.lists(st.integers(0, 50_000), unique=True, min_size=1, max_size=12), st.randoms(use_true_random=False))
@@ -378,7 +378,7 @@ def test_lambda_is_uniform_over_batches_and_so_are_partners():
     for epoch in range(12):
         order = torch.from_numpy(np.random.default_rng(epoch).permutation(400))
         for index in order.split(n):
-            lam, partner = mixing(Noise(key("epoch", epoch), index))
+            lam, partner = mixing(RandomStream(key("epoch", epoch), index))
             lams.append(float(lam))
             first.append(int(partner[0]))
     lams = np.sort(lams)
@@ -423,11 +423,11 @@ def test_mixup_alone_is_cross_entropy():
 def test_iaat_on_cifar():
     "Table 7, and the released trainer's train-mode forwards."
     method = iaat(EIGHT)
-    now = in_epoch(method, 5, 200)
+    now = resolve_schedules(method, 5, 200)
     attack = CrossingPGD(alpha=2/255, steps=10, start=UniformStart(), mode="train", crossings=1.)
     assert method.attack == attack and type(method.objective) is AdversarialCE
     assert now.radius == IAAT(8/255, attack, gamma=1.9/255, beta=0.1, warm=0., least=0., misclassified="released")
-    assert in_epoch(iaat(EIGHT, 10, 110), 10, 110).radius == now.radius
+    assert resolve_schedules(iaat(EIGHT, 10, 110), 10, 110).radius == now.radius
     assert iaat(EIGHT, mode="eval").radius.attack.mode == iaat(EIGHT, mode="eval").attack.mode == "eval"
     assert len({spec_hash(m) for m in (method, iaat(EIGHT, 0), iaat(EIGHT, 10, 110), iaat(EIGHT, mode="eval"), iaat(EIGHT, misclassified="printed"))}) == 5
 
@@ -435,12 +435,12 @@ def test_iaat_on_cifar():
 def test_a_shorter_run_moves_as_far():
     "beta E is 20 for ResNet-18 and 11 for WRN-32-10."
     for epochs, total in ((200, 20), (110, 11)):
-        for length in (30, 60, epochs): assert in_epoch(iaat(EIGHT, 5, epochs), 0, length).radius.beta * length == pytest.approx(total)
+        for length in (30, 60, epochs): assert resolve_schedules(iaat(EIGHT, 5, epochs), 0, length).radius.beta * length == pytest.approx(total)
     assert PerRun(values=(20.,)).value(0, 200) == PerRun(values=(11.,)).value(0, 110) == 0.1 and PerRun(values=(20.,)).value(0, 10) == 1.
 
 
 def test_other_units_of_eps():
-    method = in_epoch(iaat(0.25), 9, 200)
+    method = resolve_schedules(iaat(0.25), 9, 200)
     assert method.attack.alpha == pytest.approx(0.25 * 0.25) and method.radius.gamma == pytest.approx(0.2375 * 0.25) and method.radius.eps == 0.25
     assert iaat_baseline(0.25).attack.alpha == pytest.approx(0.0625) and iaat_baseline(1/255, alpha=2/255).attack.alpha == 2/255
 
@@ -456,8 +456,8 @@ def test_imagenet():
     method = imagenet_iaat()
     attack = RandomTargetPGD(1/255, 30, mode="train", crossings=1.)
     assert method.attack == attack and SIXTEEN == 16/255
-    assert in_epoch(method, 30, 110).radius == IAAT(16/255, replace(attack, steps=10), gamma=4/255, beta=0.1, warm=0., least=4/255)
-    assert in_epoch(method, 29, 110).radius.warm and imagenet_baseline() == Method(Fixed(16/255), RandomTargetPGD(1/255, 30, mode="train"), AdversarialCE())
+    assert resolve_schedules(method, 30, 110).radius == IAAT(16/255, replace(attack, steps=10), gamma=4/255, beta=0.1, warm=0., least=4/255)
+    assert resolve_schedules(method, 29, 110).radius.warm and imagenet_baseline() == Method(Fixed(16/255), RandomTargetPGD(1/255, 30, mode="train"), AdversarialCE())
 
 
 def test_attacks_in_half_precision_move_by_whole_steps_and_see_rounded_logits():

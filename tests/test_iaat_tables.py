@@ -8,15 +8,15 @@ import torch
 from matplotlib import colors, pyplot as plt
 
 from adaptive_at.attacks import PGD
-from adaptive_at.base.schedules import in_epoch
+from adaptive_at.base.schedules import resolve_schedules
 from adaptive_at.data.datasets import Augment
 from adaptive_at.evaluation import WhiteBox
 from adaptive_at.figures import PALETTE
 from adaptive_at.algorithms.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, RandomTargetPGD, SIXTEEN, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
 from adaptive_at.algorithms.baselines import natural
 from adaptive_at.papers import table1_iaat, table3_iaat
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 from adaptive_at.tables.results import run
 
 CIFAR = (1, 2, 4, 5, 6)
@@ -27,7 +27,7 @@ TINY = dict(preset="quick", device="cpu", epochs=2, train_examples=128, test_exa
 
 def planned(number, **parameters):
     name = f"table{number}_iaat"
-    return Plan(importlib.import_module(f"adaptive_at.papers.{name}").TABLE, settle(start(name, dict(dry_run=True, device="cpu") | parameters)))
+    return Plan(importlib.import_module(f"adaptive_at.papers.{name}").TABLE, open_session(check_parameters(name, dict(dry_run=True, device="cpu") | parameters)))
 
 
 def ids(block): return {row: [r.id for r in runs] for row, runs in block.runs.items()}
@@ -48,7 +48,7 @@ def test_rows_are_trained_at_table_7s_settings(number, dataset):
             assert r.augment == Augment(crop=4, pad="reflect", flip=True)
             assert np.allclose(r.network.mean, np.array([125.3, 123.0, 113.9]) / 255) and np.allclose(r.network.std, np.array([63.0, 62.1, 66.7]) / 255)
         rule = block.runs[block.rows[-1]][0].method.radius
-        assert [bool(in_epoch(rule, e, epochs).warm) for e in (warmup - 1, warmup)] == [True, False] and in_epoch(rule, warmup, epochs).beta == pytest.approx(0.1)
+        assert [bool(resolve_schedules(rule, e, epochs).warm) for e in (warmup - 1, warmup)] == [True, False] and resolve_schedules(rule, warmup, epochs).beta == pytest.approx(0.1)
     assert [b.runs[b.rows[0]][0].network.label for b in (narrow, wide)] == ["ResNet-18", "WideResNet-32-10"]
 
 
@@ -85,7 +85,7 @@ def test_tables_share_runs_and_columns():
 def test_gamma_and_beta_reach_the_rule_and_nothing_else():
     before, after = (planned(1, preset="paper", network="resnet18", figures="all", **told).blocks[0] for told in ({}, dict(gamma=3., beta=0.2)))
     rule = after.runs["IAAT"][0].method.radius
-    assert rule.gamma == pytest.approx(3/255) and in_epoch(rule, 100, 200).beta == pytest.approx(0.2)
+    assert rule.gamma == pytest.approx(3/255) and resolve_schedules(rule, 100, 200).beta == pytest.approx(0.2)
     changed = {row for row in before.runs if ids(before)[row] != ids(after)[row]}
     assert changed == {row for row in before.runs if row.startswith("IAAT")} and len(changed) == 5
     digits = planned(1, preset="quick", gamma=3.).blocks[0].runs["IAAT"][0].method.radius

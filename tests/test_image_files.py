@@ -22,8 +22,8 @@ from adaptive_at.figures import embeddings, styled
 from adaptive_at.algorithms.baselines import Training, at
 from adaptive_at.networks import MNISTCNN, VGG16, NarrowResNet, Network
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 from adaptive_at.tables.results import Results
 from adaptive_at.training import Monitor, Run, State, check_batches, train
 from helpers import digits
@@ -500,9 +500,9 @@ def test_vgg16_trains_on_129_digits():
 def test_a_batch_that_is_one_image_for_a_process_is_refused():
     data = own(n=9)
     assert "point" in refused(trained, run_of(data, 1), data)
-    assert "2 processes" in refused(lambda: trained(run_of(own(n=10), 4), own(n=10), team=type("Two", (training.Alone,), {"size": 2})()))
+    assert "2 processes" in refused(lambda: trained(run_of(own(n=10), 4), own(n=10), team=type("Two", (training.SingleProcess,), {"size": 2})()))
     assert "point" in refused(trained, replace(run_of(data, 4), train_examples=1), data)
-    check_batches(run_of(own(n=12), 4), State(run_of(own(n=12), 4), own(n=12)), type("Two", (training.Alone,), {"size": 2})())
+    check_batches(run_of(own(n=12), 4), State(run_of(own(n=12), 4), own(n=12)), type("Two", (training.SingleProcess,), {"size": 2})())
 
 
 def folders_of_one_name(folder, *homes):
@@ -513,7 +513,7 @@ def folders_of_one_name(folder, *homes):
 
 def planned(datasets, tmp_path, table=TABLE, **asked):
     q = dict(preset="quick", datasets=datasets, device="cpu", rows="Natural", columns="natural", figures="none", outputs=str(tmp_path / "outputs"), data_root=str(tmp_path))
-    return Plan(table, settle(start(table.name, q | asked)))
+    return Plan(table, open_session(check_parameters(table.name, q | asked)))
 
 
 def test_a_table_of_two_folders_of_one_name_tells_them_apart(folder, tmp_path):

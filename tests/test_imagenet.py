@@ -108,13 +108,13 @@ def test_importing_and_planning_reads_nothing(tmp_path):
 
 
 def test_a_dry_run_prints_the_plan_without_images(tmp_path, capsys):
-    from adaptive_at.tables.parameters import start
+    from adaptive_at.tables.parameters import check_parameters
     from adaptive_at.papers.table1_daat import TABLE
-    from adaptive_at.tables.plan import Plan, settle
+    from adaptive_at.tables.plan import Plan, open_session
     asked = dict(preset="paper", datasets="imagenet", network="imagenet-resnet50", device="cpu", rows="Standard AT", columns="natural", figures="none", outputs=str(tmp_path), data_root=str(tmp_path))
-    plan = Plan(TABLE, settle(start(TABLE.name, asked | dict(dry_run=True))))
+    plan = Plan(TABLE, open_session(check_parameters(TABLE.name, asked | dict(dry_run=True))))
     assert "ImageNet" in plan.show().to_html() and plan.blocks[0].runs["Standard AT"][0].augment == ds.ResizedCrop()
-    assert str(tmp_path / "imagenet") in refused(Plan, TABLE, settle(start(TABLE.name, asked)))
+    assert str(tmp_path / "imagenet") in refused(Plan, TABLE, open_session(check_parameters(TABLE.name, asked)))
 
 
 # What the folder says

@@ -16,7 +16,7 @@ from adaptive_at.base.files import slug
 from adaptive_at.networks import fingerprint
 from adaptive_at.store.runs import Store, fingerprint_of
 from adaptive_at.store.checksums import checksum
-from adaptive_at.training import concerns
+from adaptive_at.training import training_warnings
 
 from helpers import digits
 from test_cli import alone, clean, cli, kept  # noqa: F401
@@ -293,7 +293,7 @@ def test_a_right_file_is_taken_with_its_numbers(name, mine, other, tmp_path, cap
     found, run = Store(theirs/"runs"), alone(7)
     assert found.finished(run) and cli(capsys, "verify", "--outputs", theirs)[:2] == (0, "2 runs, all intact\n")
     assert [h["test_natural"] for h in found.history(run)] == [h["test_natural"] for h in store.history(run)]
-    assert concerns(run, found.history(run)) == concerns(run, store.history(run)) * (name != "older")
+    assert training_warnings(run, found.history(run)) == training_warnings(run, store.history(run)) * (name != "older")
     assert len(found.radius(run)["eps"]) == len(digits().train.y)
     assert [fingerprint(found.model(run, digits(), w)) for w in ("last", "best")] == [store.facts(run)["weights"][w]
                                                                                       for w in ("last", "best")]

@@ -32,13 +32,13 @@ from adaptive_at.evaluation import Column, WhiteBox, evaluate, evaluation
 from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import fingerprint
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 from adaptive_at.store.runs import Store
-from adaptive_at.jobs.interrupts import Stopped, patiently
+from adaptive_at.jobs.interrupts import Stopped, defer_interrupt
 from adaptive_at.tables.results import execute, run as run_table
-from adaptive_at.training import Monitor, Run, State, concerns, train
-from adaptive_at.jobs.pool import side_by_side
+from adaptive_at.training import Monitor, Run, State, training_warnings, train
+from adaptive_at.jobs.pool import run_jobs
 from fingerprints import METHODS
 from helpers import OneLayer, digits, random_data, robust_digits
 
@@ -106,14 +106,14 @@ class Killed(BaseException): "Instead of SIGKILL."
 
 def killed_after(store, run, states, monkeypatch):
     "Train with a checkpoint after every batch, until the `states`-th is in place."
-    written, counted = runs.sealed, []
+    written, counted = runs.write_checkpoint, []
     def dying(path, *args):
         written(path, *args)
         if path.name == "within.pt":
             counted.append(path)
             if len(counted) == states: raise Killed
     with monkeypatch.context() as m:
-        m.setattr(runs, "sealed", dying)
+        m.setattr(runs, "write_checkpoint", dying)
         m.setattr(Store, "every", -1.)
         with pytest.raises(Killed): store.train(run, digits(), tell=lambda line: None)
 
@@ -175,7 +175,7 @@ def interrupting(at, monkeypatch, seconds=0.):
     monkeypatch.setattr(training, "train_step", slow)
 
 
-def grace(seconds, monkeypatch): monkeypatch.setattr(patiently.__wrapped__, "__defaults__", (seconds,))   # a busy machine is slow
+def grace(seconds, monkeypatch): monkeypatch.setattr(defer_interrupt.__wrapped__, "__defaults__", (seconds,))   # a busy machine is slow
 
 
 @pytest.mark.parametrize("at, after", [(1, "batch 1 of epoch 1 of 4"), (3, "epoch 1 of 4"), (5, "batch 2 of epoch 2 of 4")])
@@ -204,7 +204,7 @@ def test_ctrl_c_in_a_step_that_takes_too_long_keeps_the_last_checkpoint(kept, tm
 def test_ctrl_c_reaches_the_workers_and_what_they_say_is_heard(monkeypatch):
     monkeypatch.setattr(pool, "LONGEST", 60.)
     def job(tell):
-        with patiently(60.) as asked:
+        with defer_interrupt(60.) as asked:
             tell("begun")
             while not asked(): time.sleep(0.01)
             tell("saved")
@@ -212,7 +212,7 @@ def test_ctrl_c_reaches_the_workers_and_what_they_say_is_heard(monkeypatch):
     def heard(line):
         said.append(line)
         if said == ["begun"] * 2: os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(Stopped, match="run the same command again"): side_by_side([job] * 3, 2, heard)
+    with pytest.raises(Stopped, match="run the same command again"): run_jobs([job] * 3, 2, heard)
     assert said == ["begun"] * 2 + ["saved"] * 2
 
 
@@ -297,7 +297,7 @@ def test_a_folder_without_permission_is_one_sentence(tmp_path):
 def test_what_another_process_trains_is_waited_for_last(tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "cores", lambda: 1)
     size = dict(preset="quick", device="cpu", rows="Natural,Standard AT,TRADES", columns="clean", figures="none", epochs=1, train_examples=64, test_examples=20, outputs=str(tmp_path))
-    plan, said = Plan(TABLE, settle(start("table1_daat", size))), []
+    plan, said = Plan(TABLE, open_session(check_parameters("table1_daat", size))), []
     first = plan.store.folder(plan.blocks[0].runs["Natural"][0])
     table = threading.Thread(target=execute, args=(plan, said.append))
     with locked(first/"lock"):
@@ -328,8 +328,8 @@ def history(**columns): return [dict(epoch=i + 1., mean_realised=0.1, top_class=
     (dict(least_eps=(0.1,) * 4), ["the radii did not adapt: all stood at 0.1 in the last 3 epochs"]),
     (dict(least_eps=(0., 0.1, 0.1, 0.09)), [])])
 def test_what_a_history_makes_suspicious(columns, said):
-    assert concerns(spec(), history(**columns)) == said
-    assert concerns(spec(method=at(0.1)), history(**columns)) == [text for text in said if "adapt" not in text]   # a fixed radius is where it should be
+    assert training_warnings(spec(), history(**columns)) == said
+    assert training_warnings(spec(method=at(0.1)), history(**columns)) == [text for text in said if "adapt" not in text]   # a fixed radius is where it should be
 
 
 class Sharp(type(at(0.1).objective)):

@@ -23,9 +23,9 @@ from adaptive_at.base import identity
 from adaptive_at.base.errors import UserError
 from adaptive_at.jobs.ray_jobs import Job, in_order, joined, machines, on_ray, on_this_machine, resources
 from adaptive_at.papers.table1_daat import TABLE
-from adaptive_at.tables.parameters import start
-from adaptive_at.tables.plan import Plan, settle
-from adaptive_at.jobs.interrupts import Stopped, patiently
+from adaptive_at.tables.parameters import check_parameters
+from adaptive_at.tables.plan import Plan, open_session
+from adaptive_at.jobs.interrupts import Stopped, defer_interrupt
 from adaptive_at.tables.results import _jobs, execute, run
 from helpers import contents
 
@@ -49,7 +49,7 @@ def serial(tmp_path_factory):
     return contents(folder)
 
 
-def planned(outputs, table=TABLE, **parameters): return Plan(table, settle(start(table.name, SIZE | {"outputs": str(outputs), "launcher": "ray"} | parameters)))
+def planned(outputs, table=TABLE, **parameters): return Plan(table, open_session(check_parameters(table.name, SIZE | {"outputs": str(outputs), "launcher": "ray"} | parameters)))
 
 
 def workers():
@@ -100,7 +100,7 @@ def test_a_ray_that_others_can_reach_is_not_used(address, monkeypatch):
 
 def test_the_jobs_of_a_table_wait_for_what_they_need(tmp_path):
     from adaptive_at.papers.table2_dra import TABLE as DRA
-    plan = Plan(DRA, settle(start(DRA.name, dict(preset="quick", device="cpu", outputs=str(tmp_path)))))
+    plan = Plan(DRA, open_session(check_parameters(DRA.name, dict(preset="quick", device="cpu", outputs=str(tmp_path)))))
     block, = plan.blocks
     jobs = _jobs(plan, False)
     training = {job.specs[0].id: job for job in jobs if job.work.func.__name__ == "_train"}
@@ -268,7 +268,7 @@ class Waits:
     "Work that ends when it is asked to."
     def __init__(self, saves): self.saves = saves
     def __call__(self, tell):
-        with patiently(60.) as asked:
+        with defer_interrupt(60.) as asked:
             tell("begun")
             while not (asked() and self.saves): time.sleep(0.01)
             tell("saved")

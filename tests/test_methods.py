@@ -7,7 +7,7 @@ import pytest
 import fingerprints
 from adaptive_at.attacks import KL, PGD, CleanStart, CrossEntropy, FriendlyPGD, NoAttack, NormalStart, UniformStart
 from adaptive_at.algorithms.cat import CAT, CATAttack, adp_adv, adv_ls, cat, cat_v0, cat_v2
-from adaptive_at.base.schedules import Milestones, Ramp, in_epoch
+from adaptive_at.base.schedules import Milestones, Ramp, resolve_schedules
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import to_spec
 from adaptive_at.data.datasets import Augment
@@ -15,7 +15,7 @@ from adaptive_at.deepfool import DeepFool
 from adaptive_at.algorithms.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
 from adaptive_at.evaluation import AutoAttack, Transfer, WhiteBox
 from adaptive_at.algorithms.iaat import IAAT, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
-from adaptive_at.algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, unit
+from adaptive_at.algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, scale_to_eps
 from adaptive_at.networks import MNISTCNN, NarrowResNet, WideResNet
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
@@ -54,7 +54,7 @@ def test_mart():
 
 @pytest.mark.parametrize("epoch, tau", [(1, 0), (50, 0), (51, 1), (90, 1), (91, 2), (120, 2)])
 def test_fat(epoch, tau):
-    method = in_epoch(fat(EPS), epoch - 1, 120)
+    method = resolve_schedules(fat(EPS), epoch - 1, 120)
     assert method.radius == Fixed(EPS) and type(method.objective) is AdversarialCE
     assert method.attack == FriendlyPGD(alpha=0.007, steps=10, loss=CrossEntropy(), start=UniformStart(), mode="eval", success="last", tau=tau, omega=0.001)
 
@@ -215,7 +215,7 @@ def test_what_carries_the_unit_of_eps_keeps_its_ratio(name, eps):
     assert {k: v for k, v in there.items() if not number(v)} == {k: v for k, v in here.items() if not number(v)}
     assert {k: v for k, v in there.items() if number(v)} == pytest.approx({k: v for k, v in here.items() if number(v)}, rel=1e-12)
     assert make(eps).attack.alpha == pytest.approx(eps * 0.007 / 0.031) and make(eps).radius.eps == eps
-    assert unit(0.007, EPS) == 0.007 and unit(0.001, EPS) == 0.001   # to the last digit, where they were published
+    assert scale_to_eps(0.007, EPS) == 0.007 and scale_to_eps(0.001, EPS) == 0.001   # to the last digit, where they were published
 
 
 def test_a_given_step_size_and_number_of_steps_win():

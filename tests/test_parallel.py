@@ -19,7 +19,7 @@ from adaptive_at.base.files import write_json
 from adaptive_at.algorithms.iaat import iaat, imagenet_iaat, mixup_at
 from adaptive_at.algorithms.baselines import Training, at, daat, mart
 from adaptive_at.networks import MNISTCNN, NarrowResNet
-from adaptive_at.jobs.distributed import Together, enough, launched, undivided
+from adaptive_at.jobs.distributed import DDPTeam, check_processes, launched, why_not_distributed
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.papers.table3_iaat import TABLE as IMAGENET
 from adaptive_at.radius import RadiusRule
@@ -220,7 +220,7 @@ def test_the_imagenet_table_runs_in_the_papers_preset(root, tmp_path, processes,
 
 def shares(size):
     "The members of a team that nobody has started."
-    found = [object.__new__(Together) for _ in range(size)]
+    found = [object.__new__(DDPTeam) for _ in range(size)]
     for rank, team in enumerate(found): team.rank, team.size = rank, size
     return found
 
@@ -276,9 +276,9 @@ def test_processes_that_no_longer_agree_do_not_go_on(tmp_path):
 
 def test_a_loss_of_the_whole_batch_is_not_shared(tmp_path):
     run = spec(mixup_at(EPS))
-    assert undivided(run).startswith("the loss of MixupCE needs all images of a batch at once") and not undivided(RUNS["cat"])
+    assert why_not_distributed(run).startswith("the loss of MixupCE needs all images of a batch at once") and not why_not_distributed(RUNS["cat"])
     codes, said = job(run, tmp_path)
-    assert codes == [1, 1] and said == f"adaptive_at: {run.slug}-{run.id} cannot be trained by several processes: {undivided(run)}\n"
+    assert codes == [1, 1] and said == f"adaptive_at: {run.slug}-{run.id} cannot be trained by several processes: {why_not_distributed(run)}\n"
 
 
 def test_a_table_trains_it_with_one_process_and_says_so(tmp_path, capsys):
@@ -292,9 +292,9 @@ def test_a_table_trains_it_with_one_process_and_says_so(tmp_path, capsys):
 def test_more_processes_than_devices(processes, device, parts, monkeypatch):
     monkeypatch.setattr(distributed, "cores", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = refused(enough, "gpus_per_run", processes, device)
+    text = refused(check_processes, "gpus_per_run", processes, device)
     assert all(part in text for part in parts) and text.count(".") == 1 + text.count(". "), text
-    assert enough("gpus_per_run", 2, "cpu") == "cpu" and enough("gpus_per_run", 0, "cuda:1") == "cuda:1"
+    assert check_processes("gpus_per_run", 2, "cpu") == "cpu" and check_processes("gpus_per_run", 0, "cuda:1") == "cuda:1"
 
 
 def test_a_table_refuses_before_any_work(tmp_path):

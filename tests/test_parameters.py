@@ -22,13 +22,13 @@ from adaptive_at.base.files import user_path
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import Clean, evaluation
 from adaptive_at.algorithms.baselines import Training, at, daat
-from adaptive_at.tables.parameters import COMMON, start
+from adaptive_at.tables.parameters import COMMON, check_parameters
 from adaptive_at.training import Monitor, Run, State
 
 from helpers import OneLayer, random_data
 
 
-def told(**given): return start("table1_daat", given)
+def told(**given): return check_parameters("table1_daat", given)
 
 
 def sentence(call, *parts):

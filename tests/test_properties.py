@@ -7,7 +7,7 @@ from adaptive_at.algorithms.cat import CAT, CATAttack, Label, MixedLoss
 from adaptive_at.data.datasets import Batch
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.algorithms.iaat import CrossingPGD, IAAT, RandomTargetPGD
-from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, Setting
+from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RuleContext
 from adaptive_at.algorithms.saat import StrengthAdaptivePGD
 from helpers import noise, numbers, wavy
 
@@ -53,7 +53,7 @@ def test_ball_range_and_order(name):
 def visited(rule, model, x, y, sizes, seeds):
     "A bank after visits to all examples, in batches of these sizes, shuffled with these seeds; and the radii in use."
     n, attack = len(x), PGD(0.05, 3)
-    bank, used = rule.bank(Setting(n, 3, model.width)), []
+    bank, used = rule.bank(RuleContext(n, 3, model.width)), []
     if hasattr(bank, "head"):
         with torch.no_grad(): bank.head.weight.copy_(3 * numbers(3, model.width, seed=5) - 1.5)
         bank.head.double().register_forward_hook(lambda module, args, out: out.float())

@@ -10,12 +10,12 @@ from torch import nn
 
 from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import PGD, NoAttack
-from adaptive_at.base.schedules import in_epoch
+from adaptive_at.base.schedules import resolve_schedules
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.baselines import Method, Training, at, daat
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import AdversarialCE
-from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, Setting, overstep
+from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, RuleContext, overstep
 from adaptive_at.training import Monitor, Run, State, train, train_step
 from fingerprints import METHODS
 from helpers import OneLayer, buffers, labels, narrow, noise, numbers, random_data, same
@@ -66,7 +66,7 @@ def test_the_enlarged_cap_is_five_quarters_and_the_reset_goes_there():
     # 1.25 * 0.031 = 0.03875; 1.05 * 0.031 = 0.03255; 1.05 * 0.0375 = 0.039375, past the cap
     assert close(rule.moved(torch.full((3,), EPS), S), tensor(0.0217, 0.03875, 0.03255))
     assert close(rule.moved(tensor(0.0375), S[[2]]), tensor(0.03875))
-    assert rule.bank(Setting(4, 3, 5)).eps.tolist() == pytest.approx([EPS] * 4)   # starts from eps, not from the cap
+    assert rule.bank(RuleContext(4, 3, 5)).eps.tolist() == pytest.approx([EPS] * 4)   # starts from eps, not from the cap
 
 
 def test_a_radius_of_zero_comes_back():
@@ -141,9 +141,9 @@ def test_overstep_lies_in_0_1_and_is_0_where_the_head_is_right(logits, tau):
 def test_rho_changes_at_the_papers_epochs(epoch, rho):
     "DAAT section 6.1, epochs counted from 1."
     method = at(EPS, daat(EPS))
-    assert in_epoch(method, epoch - 1, 100).radius == DAAT(EPS, rho, 2.)
-    assert in_epoch(method, epoch - 1, 100).attack == method.attack
-    if epoch % 5 == 0: assert in_epoch(method, epoch // 5 - 1, 20).radius.rho == rho   # the same fractions of a shorter run
+    assert resolve_schedules(method, epoch - 1, 100).radius == DAAT(EPS, rho, 2.)
+    assert resolve_schedules(method, epoch - 1, 100).attack == method.attack
+    if epoch % 5 == 0: assert resolve_schedules(method, epoch // 5 - 1, 20).radius.rho == rho   # the same fractions of a shorter run
 
 
 # The calibration head
@@ -154,10 +154,10 @@ def batch_of(n=6, seed=0, index=None, side=8):
 
 @pytest.mark.parametrize("eps", [0, 1])
 def test_a_radius_that_is_a_whole_number_makes_a_bank_of_real_ones(eps):
-    assert Fixed(eps).bank(Setting(3, 2, 1)).eps.dtype == torch.float32
+    assert Fixed(eps).bank(RuleContext(3, 2, 1)).eps.dtype == torch.float32
 
 
-def setting(model, n=6, **changes): return Setting(n, model.classifier.out_features, model.width, **changes)
+def setting(model, n=6, **changes): return RuleContext(n, model.classifier.out_features, model.width, **changes)
 
 
 ALL = ["detach", "bn_train", "joint", "joint_bn_train"]
@@ -277,7 +277,7 @@ def told_split(n):
 
 
 def told_bank(rule, n):
-    bank = rule.bank(Setting(n, 2, 2))
+    bank = rule.bank(RuleContext(n, 2, 2))
     with torch.no_grad():
         bank.head.weight.copy_(torch.tensor([[0., 0.], [0., 25.5]]))   # 25.5 * i/255 = i/10
         bank.head.bias.zero_()
@@ -354,13 +354,13 @@ def test_a_bank_goes_on_from_its_saved_state(kind, tmp_path):
 
 def test_the_head_s_first_weights_come_from_the_key_and_no_generator_moves():
     rule, before = daat(EPS), torch.get_rng_state()
-    a, b, c = (rule.bank(Setting(3, 4, 5), key).head.weight for key in (1, 1, 2))
+    a, b, c = (rule.bank(RuleContext(3, 4, 5), key).head.weight for key in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fixed_radius_never_moves():
     rule = Fixed(EPS)
-    bank, model, batch = rule.bank(Setting(9, 10, 16)), narrow(), batch_of()
+    bank, model, batch = rule.bank(RuleContext(9, 10, 16)), narrow(), batch_of()
     assert torch.equal(rule.radius(bank, batch, model), torch.full((6,), EPS))
     assert torch.equal(rule.after_attack(bank, batch, batch.x, model, torch.full((6,), 0.5)), torch.full((6,), 0.5))
     assert rule.extra_loss(bank, batch, model) is None
@@ -445,6 +445,6 @@ def test_a_rule_may_compute_in_any_precision(kind, precision):
 
 
 def test_a_bank_takes_a_number_for_all_and_a_tensor_for_each():
-    bank = Fixed(EPS).bank(Setting(3, 2, 1))
+    bank = Fixed(EPS).bank(RuleContext(3, 2, 1))
     bank.write(torch.tensor([2, 0]), eps=torch.tensor([0.25, 0.5], dtype=torch.bfloat16), used=1)
     assert close(bank.eps, [0.5, EPS, 0.25]) and bank.used.tolist() == [1, 0, 1] and bank.realised.tolist() == [0, 0, 0]

@@ -13,7 +13,7 @@ from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.data.datasets import Augment, Batch
 from adaptive_at.algorithms.baselines import Method, Training
 from adaptive_at.objectives import TRADES, AdversarialCE
-from adaptive_at.radius import Fixed, Setting
+from adaptive_at.radius import Fixed, RuleContext
 from adaptive_at.algorithms.saat import SAAT_AUGMENT, SAAT_TRAINING, StrengthAdaptivePGD, for_classes, radii, rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
 from adaptive_at.training import train_step
 from adaptive_at.awp import AT_AWP, TRADES_AWP
@@ -397,7 +397,7 @@ def test_the_schedule(epoch, lr):
 def test_a_step_of_each_trains_and_logs_how_far_its_adversaries_went(make, values):
     model, x, y = bn_net("train")
     method = make(BIG, weights=AT_AWP, **values)
-    bank = method.radius.bank(Setting(12, 4, model.width))
+    bank = method.radius.bank(RuleContext(12, 4, model.width))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     was = model.classifier.weight.detach().clone()
     loss = train_step(method, model, bank, optimiser, Batch(x, y, torch.arange(12)), noise(12))

@@ -12,17 +12,17 @@ from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.data.datasets import Augment
-from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, pack
+from adaptive_at.evaluation import AutoAttack, Clean, WhiteBox, encode_verdicts
 from adaptive_at.algorithms.baselines import natural
 from adaptive_at.networks import CIFAR10_RICE, CIFAR100_SAAT, NETWORKS
 from adaptive_at.papers import table1_saat, table2_saat, table3_saat
-from adaptive_at.tables.parameters import printed, start
-from adaptive_at.tables.plan import Plan, Protocol, Row, settle
+from adaptive_at.tables.parameters import printed, check_parameters
+from adaptive_at.tables.plan import Plan, TableContext, Row, open_session
 from adaptive_at.algorithms.saat import StrengthAdaptivePGD, robustness_disparity
 from adaptive_at.tables.results import execute
 from adaptive_at.training import Monitor
 from adaptive_at.awp import AT_AWP, TRADES_AWP
-from adaptive_at.jobs.pool import side_by_side
+from adaptive_at.jobs.pool import run_jobs
 
 TABLES = {t.TABLE.name: t.TABLE for t in (table1_saat, table2_saat, table3_saat)}
 EPS = 8/255
@@ -33,18 +33,18 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "preactresnet18": "PreA
 def no_window(): matplotlib.use("agg")
 
 
-def protocol(part, **told): return Protocol(part.dataset, part.network, EPS, "paper", told)
+def protocol(part, **told): return TableContext(part.dataset, part.network, EPS, "paper", told)
 
 
 def dry(name, **parameters):
     "The plan of the paper's setting, without data."
-    return Plan(TABLES[name], settle(start(name, dict(preset="paper", device="cpu", dry_run=True) | parameters)))
+    return Plan(TABLES[name], open_session(check_parameters(name, dict(preset="paper", device="cpu", dry_run=True) | parameters)))
 
 
 def small(name, outputs, **parameters):
     "A table on digits at a size at which a run takes a fraction of a second."
     told = dict(preset="quick", device="cpu", outputs=str(outputs), columns="natural,PGD-20", epochs=1, train_examples=32, test_examples=20) | parameters
-    session, said = settle(start(name, told)), []
+    session, said = open_session(check_parameters(name, told)), []
     preset = replace(session.preset, monitor_examples=20, network="narrow-4", max_steps=3)
     results = execute(Plan(TABLES[name], replace(session, preset=preset)), said.append)
     return results, [int(n) for n in re.findall(r"\d+", said[-1])[:4]]   # runs from the store, trained; evaluations from the store, made
@@ -132,7 +132,7 @@ def test_the_papers_training():
 # Figures' rows
 
 def test_every_row_and_column_that_a_figure_needs_exists():
-    for p in (protocol(table1_saat.TABLE.blocks[0]), Protocol("digits", "preactresnet18", 0.25, "quick")):
+    for p in (protocol(table1_saat.TABLE.blocks[0]), TableContext("digits", "preactresnet18", 0.25, "quick")):
         rows, columns = table1_saat.rows(p) | table1_saat.extra_rows(p), table1_saat.columns(p) | table1_saat.extra_columns(p)
         for name, need in table1_saat.TABLE.figures.items():
             assert set(need.rows) <= set(rows) and set(need.columns) <= set(columns), name
@@ -153,7 +153,7 @@ def test_figures_rows_are_what_they_say():
 
 
 def test_saat_needs_no_radius_beyond_the_box():
-    rows = {eps: table1_saat.extra_rows(Protocol("any", "preactresnet18", eps, "quick")) for eps in (EPS, 0.25, 0.3)}
+    rows = {eps: table1_saat.extra_rows(TableContext("any", "preactresnet18", eps, "quick")) for eps in (EPS, 0.25, 0.3)}
     largest = {eps: rows[eps][table1_saat.adaptive(1.5)].radius.eps for eps in rows}
     assert largest == {EPS: pytest.approx(128/255), 0.25: pytest.approx(1), 0.3: pytest.approx(1)}
     assert [len(rows[eps][table1_saat.adaptive(1.5)].attack.stages) for eps in rows] == [64, 16, 14]
@@ -191,7 +191,7 @@ def test_rows_that_only_some_blocks_have_may_be_asked_for():
 def test_jobs_find_what_every_optimiser_imports():
     said = []
     def job(tell): tell(str("torch._dynamo" in sys.modules))
-    side_by_side([job, job], 2, said.append)
+    run_jobs([job, job], 2, said.append)
     assert said == ["True", "True"]
 
 
@@ -271,7 +271,7 @@ def test_disparity_on_hand_made_numbers():
 class Stored:
     "Stands for results: fixed verdicts."
     def __init__(self, cells): self.cells = cells
-    def of(self, block, row, column, which="last"): return [{"standing": pack(torch.tensor(v, dtype=torch.bool))} for v in self.cells[row, column, which]]
+    def of(self, block, row, column, which="last"): return [{"standing": encode_verdicts(torch.tensor(v, dtype=torch.bool))} for v in self.cells[row, column, which]]
 
 
 def test_disparity_of_a_row_and_its_interval():

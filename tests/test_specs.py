@@ -12,7 +12,7 @@ from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import foreign_modules, from_spec, to_spec
 from adaptive_at.base.files import write_json
 from adaptive_at.algorithms.baselines import at, daat
-from adaptive_at.jobs.distributed import undivided
+from adaptive_at.jobs.distributed import why_not_distributed
 from adaptive_at.radius import Fixed
 from adaptive_at.store.runs import Store
 
@@ -63,7 +63,7 @@ def test_a_module_is_imported_only_where_it_is_allowed(theirs):
         assert "--allow their_rules" in sentence(told, allow)
     assert not mark.exists() and "their_rules" not in sys.modules
     run = from_spec(told, ["their_rules"])
-    assert mark.exists() and to_spec(run) == told and not undivided(run)
+    assert mark.exists() and to_spec(run) == told and not why_not_distributed(run)
     told["method"]["radius"]["piece"] = "their_rules.NoPiece"
     assert "their_rules.NoPiece as a piece, which is none" in sentence(told, ["their_rules"])
 

@@ -10,7 +10,7 @@ from adaptive_at.attacks import PGD
 from adaptive_at.data.datasets import DIGITS
 from adaptive_at.algorithms.baselines import Training, at, daat, natural, trades
 from adaptive_at.networks import NarrowResNet
-from adaptive_at.tables.parameters import start
+from adaptive_at.tables.parameters import check_parameters
 from adaptive_at.tables.plan import Cost
 from adaptive_at.tables.results import execute
 from adaptive_at.training import Monitor, Run
@@ -52,17 +52,17 @@ def test_the_estimate_is_of_what_is_left_and_stands_beside_what_it_took(tmp_path
         asked.append((network, batch, precision))
         return Cost(1e-4, 2e-4, 4e-4)
     monkeypatch.setattr(plans, "measured_cost", measured)
-    def plan(rows): return plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", epochs=2, train_examples=100, test_examples=20, rows=rows, columns="natural", figures="none", outputs=str(tmp_path)))))
+    def plan(rows): return plans.Plan(TABLE, plans.open_session(check_parameters("table1_daat", dict(preset="quick", device="cpu", epochs=2, train_examples=100, test_examples=20, rows=rows, columns="natural", figures="none", outputs=str(tmp_path)))))
     both = plan("Natural,Standard AT")
     block = both.blocks[0]
     before = {row: both.left(block, row) for row in block.runs}
     assert set(asked) == {(NarrowResNet(), 128, "fp32")}
     natural_, = block.runs["Natural"]
-    assert before["Natural"] == plans.Left([(natural_, 0)], ["natural"], pytest.approx(Cost(1e-4, 2e-4, 4e-4).run(natural_, block.info)), pytest.approx(20 * 4e-4))
+    assert before["Natural"] == plans.Remaining([(natural_, 0)], ["natural"], pytest.approx(Cost(1e-4, 2e-4, 4e-4).run(natural_, block.info)), pytest.approx(20 * 4e-4))
     assert both.seconds() == pytest.approx(sum(left.seconds for left in before.values()) / both.workers(block))
     results = execute(plan("Natural"), lambda line: None)
     assert "estimated" in results.estimated and results.provenance().data.loc["training and evaluating", "this run"] == results.estimated
-    assert both.left(block, "Natural") == plans.Left([], []) and both.left(block, "Standard AT") == before["Standard AT"]
+    assert both.left(block, "Natural") == plans.Remaining([], []) and both.left(block, "Standard AT") == before["Standard AT"]
     again = execute(plan("Natural"), lambda line: None)
     assert again.estimated == "" and "training and evaluating" not in again.provenance().data.index   # nothing was done
 
@@ -71,7 +71,7 @@ def test_a_plan_does_not_need_the_memory_of_a_large_batch(tmp_path, monkeypatch)
     from adaptive_at.papers.table1_daat import TABLE
     asked = []
     monkeypatch.setattr(plans, "measured_cost", lambda network, info, device, batch, precision: asked.append(batch) or Cost(1e-4, 2e-4, 4e-4))
-    plan = plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path)))))
+    plan = plans.Plan(TABLE, plans.open_session(check_parameters("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path)))))
     run = plan.blocks[0].runs["Natural"][0]
     for batch in (16, 2048): plan.cost(replace(run, training=replace(run.training, batch=batch)), plan.blocks[0].info)
     assert asked == [16, 128]

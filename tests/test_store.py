@@ -21,7 +21,7 @@ from adaptive_at.algorithms.baselines import Training, at, daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.store.runs import Store
-from adaptive_at.store.checksums import END, FORMAT, Seal, checksum, seal
+from adaptive_at.store.checksums import END, FORMAT, FileLabel, checksum, append_label
 from adaptive_at.tables.results import run
 from adaptive_at.training import Monitor, Run, State
 
@@ -114,7 +114,7 @@ def resealed(path, **changes):
     content = path.read_bytes()
     end = content.rfind(END)
     path.write_bytes(content[:end + 20] + b"\0\0")
-    seal(path, replace(Seal(tiny().id, {"last": "state", "previous": "state", "best": "weights"}.get(path.stem, path.stem), 4), **changes))
+    append_label(path, replace(FileLabel(tiny().id, {"last": "state", "previous": "state", "best": "weights"}.get(path.stem, path.stem), 4), **changes))
 
 
 def truncated(path): path.write_bytes(path.read_bytes()[:-500])

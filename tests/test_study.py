@@ -7,12 +7,12 @@ import pytest
 
 from adaptive_at.tables.frontier import draw
 from adaptive_at.papers.study import STUDIED, TABLE, VARIANTS, frontier
-from adaptive_at.tables.parameters import TABLES, about, start
-from adaptive_at.tables.plan import Plan, settle
+from adaptive_at.tables.parameters import TABLES, about, check_parameters
+from adaptive_at.tables.plan import Plan, open_session
 
 
 def planned(tmp_path, **parameters):
-    return Plan(TABLE, settle(start("study", dict(device="cpu", dry_run=True, outputs=str(tmp_path)) | parameters)))
+    return Plan(TABLE, open_session(check_parameters("study", dict(device="cpu", dry_run=True, outputs=str(tmp_path)) | parameters)))
 
 
 @pytest.mark.parametrize("preset", ["quick", "fast", "paper"])

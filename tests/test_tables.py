@@ -9,10 +9,10 @@ import torch
 
 from adaptive_at.base.errors import UserError
 from adaptive_at.corruptions import Corruption
-from adaptive_at.evaluation import pack
-from adaptive_at.tables.parameters import COMMON, TABLES, about, start
-from adaptive_at.tables.plan import Plan, settle
-from adaptive_at.tables.results import Results, compared, trained_with
+from adaptive_at.evaluation import encode_verdicts
+from adaptive_at.tables.parameters import COMMON, TABLES, about, check_parameters
+from adaptive_at.tables.plan import Plan, open_session
+from adaptive_at.tables.results import Results, is_comparable, trained_with
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = [name for name in TABLES if name.startswith("table")]
@@ -30,7 +30,7 @@ def distinct(values): return list(dict.fromkeys(values))
 
 
 def planned(name, tmp_path, **parameters):
-    return Plan(table(name), settle(start(name, dict(preset="paper", dry_run=True, device="cpu", outputs=str(tmp_path), **parameters))))
+    return Plan(table(name), open_session(check_parameters(name, dict(preset="paper", dry_run=True, device="cpu", outputs=str(tmp_path), **parameters))))
 
 
 def cells(name): return json.loads((ROOT/"nbs"/f"{name}.ipynb").read_text())["cells"]
@@ -69,7 +69,7 @@ def test_the_paper_preset_is_planned_without_data(name, tmp_path, capsys):
 
 @every_table
 def test_quick_has_every_row_and_column_and_figure(name, tmp_path):
-    plan = Plan(table(name), settle(start(name, dict(preset="quick", device="cpu", outputs=str(tmp_path), figures="all"))))
+    plan = Plan(table(name), open_session(check_parameters(name, dict(preset="quick", device="cpu", outputs=str(tmp_path), figures="all"))))
     lines = printed(name)
     assert distinct(row for b in plan.blocks for row in b.rows) == distinct(l["method"] for l in lines)
     assert {c for b in plan.blocks for c in b.shown} >= {l["metric"] for l in lines}
@@ -103,7 +103,7 @@ def test_the_notebook_is_thin_and_its_table_is_its_own(name):
 DAAT1 = table("table1_daat")
 
 
-def settled(name, tmp_path, **parameters): return settle(start(name, dict(preset="quick", dry_run=True, device="cpu", outputs=str(tmp_path)) | parameters))
+def settled(name, tmp_path, **parameters): return open_session(check_parameters(name, dict(preset="quick", dry_run=True, device="cpu", outputs=str(tmp_path)) | parameters))
 
 
 def without(row="", column=""):
@@ -140,13 +140,13 @@ def test_corrupted_images_are_compared_with_print_only_where_they_are_the_offici
     results = Results(planned(name, tmp_path, data_root=str(tmp_path), columns="all"))
     block, = results.plan.blocks[:1]
     corrupted = [c for c in block.shown if isinstance(block.columns[c], Corruption)]
-    assert corrupted and {compared(block, c) for c in corrupted} == {same}
-    assert compared(block, "natural") is (name == "table1_iaat")   # Table 7 prints no other numbers
+    assert corrupted and {is_comparable(block, c) for c in corrupted} == {same}
+    assert is_comparable(block, "natural") is (name == "table1_iaat")   # Table 7 prints no other numbers
 
 
 def test_rows_are_compared_seed_by_seed_where_one_is_missing(tmp_path):
     "AT's seed 0 is not there yet: FAT's seed 1 is compared with AT's seed 1, and natural accuracy with that of the same seed."
-    def result(*right): return {"accuracy": 100 * sum(right) / len(right), "n": len(right), "standing": pack(torch.tensor(right) > 0)}
+    def result(*right): return {"accuracy": 100 * sum(right) / len(right), "n": len(right), "standing": encode_verdicts(torch.tensor(right) > 0)}
     results = Results(planned("table1_daat", tmp_path, rows="FAT,Standard AT", columns="clean,PGD-20", seeds=2, figures="none", datasets="cifar10"))
     block, = results.plan.blocks
     many = 50
@@ -160,7 +160,7 @@ def test_rows_are_compared_seed_by_seed_where_one_is_missing(tmp_path):
 @pytest.mark.parametrize("outputs, command", [("outputs", "papermill nbs/table1_daat.ipynb outputs/table1_daat.ipynb"), ("{}/b", "mkdir -p {0}/b && papermill nbs/table1_daat.ipynb {0}/b/table1_daat.ipynb"), ("{}/a b", "mkdir -p '{0}/a b' && papermill nbs/table1_daat.ipynb '{0}/a b/table1_daat.ipynb'")])
 def test_the_command_of_a_notebook_writes_where_it_was_told_to(outputs, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = start("table1_daat", dict(preset="quick", rows="Standard AT,DAAT", outputs=outputs.format(tmp_path))).command()
+    told = check_parameters("table1_daat", dict(preset="quick", rows="Standard AT,DAAT", outputs=outputs.format(tmp_path))).command()
     assert told.startswith(command.format(tmp_path) + " -p preset quick -p rows 'Standard AT,DAAT'")
 
 

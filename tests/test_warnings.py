@@ -11,12 +11,12 @@ from adaptive_at import networks
 from adaptive_at.attacks import FGSM, PGD, CrossEntropy, restarted
 from adaptive_at.base.errors import UserError
 from adaptive_at.algorithms.dra import DRA
-from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation, unpack
+from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation, decode_verdicts
 from adaptive_at.algorithms.baselines import at, daat, natural
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.plan import Row
 from adaptive_at.store.runs import Store
-from adaptive_at.base.rng import Noise, key
+from adaptive_at.base.rng import RandomStream, key
 from adaptive_at.tables.results import run
 from faults.bench import tiny
 from helpers import OneLayer, digits, narrow, robust_digits
@@ -144,8 +144,8 @@ def test_the_verdict_is_a_pass_of_its_own_on_what_was_returned():
     result = evaluate(evaluation(WhiteBox(PGD(0.04, 3), 0.12), "", "", examples=40), model, data)
     index = ds.balanced(data.test.y, 40)
     x, y = ds.to_unit(data.test.x[index]), data.test.y[index]
-    x_adv, _ = restarted(PGD(0.04, 3), model, x, y, 0.12, Noise(key(0, "evaluation"), index))
-    assert unpack(result["standing"]).tolist() == (model(x_adv).argmax(1) == y).tolist() and 0 < unpack(result["standing"]).sum() < 40
+    x_adv, _ = restarted(PGD(0.04, 3), model, x, y, 0.12, RandomStream(key(0, "evaluation"), index))
+    assert decode_verdicts(result["standing"]).tolist() == (model(x_adv).argmax(1) == y).tolist() and 0 < decode_verdicts(result["standing"]).sum() < 40
 
 
 def test_dra_has_a_ball_of_its_own():

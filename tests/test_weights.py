@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from adaptive_at.attacks import NoAttack
-from adaptive_at.base.schedules import Milestones, in_epoch
+from adaptive_at.base.schedules import Milestones, resolve_schedules
 from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.data.datasets import Batch
 from adaptive_at.algorithms.baselines import Method, at, natural
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
-from adaptive_at.radius import Fixed, Setting
+from adaptive_at.radius import Fixed, RuleContext
 from adaptive_at.training import train_step
 from adaptive_at.awp import AT_AWP, AWP, TRADES_AWP, add, perturbable
 from helpers import buffers, labels, narrow, noise, numbers, same
@@ -184,7 +184,7 @@ def test_one_update_equals_the_published_procedure(objective):
     theirs = copy.deepcopy(model)
     optimisers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for m in (model, theirs)]
     method = Method(Fixed(0.1), NoAttack(), objective, AT_AWP)
-    bank = method.radius.bank(Setting(8, 4, model.width))
+    bank = method.radius.bank(RuleContext(8, 4, model.width))
     for step in range(3):
         got = train_step(method, model, bank, optimisers[0], one_batch(x, y), noise(8, step))
         loss, = objective.losses(one_batch(x, y), x, y, None)
@@ -222,5 +222,5 @@ def test_awp_fits_any_method_and_tells_runs_apart():
 def test_published_settings():
     assert AT_AWP == AWP(gamma=0.01, lr=0.01)
     assert TRADES_AWP == AWP(gamma=Milestones((10/200,), (0., 0.005)), lr=0.1)
-    assert [in_epoch(replace(at(0.1), weights=TRADES_AWP), e - 1, 200).weights for e in (9, 10)] == [AWP(0., 0.1), AWP(0.005, 0.1)]
+    assert [resolve_schedules(replace(at(0.1), weights=TRADES_AWP), e - 1, 200).weights for e in (9, 10)] == [AWP(0., 0.1), AWP(0.005, 0.1)]
     assert to_spec(TRADES_AWP)["gamma"]["values"] == [0., 0.005]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_at.base.errors import UserError
-from adaptive_at.jobs.pool import side_by_side
+from adaptive_at.jobs.pool import run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 AFTER_THREADS = """
@@ -38,22 +38,22 @@ def test_a_job_whose_process_dies_is_named_with_what_it_said_last():
         os.kill(os.getpid(), signal.SIGKILL)
     def waits(tell): time.sleep(30)
     with pytest.raises(UserError, match=r"^training of DAAT: its process was ended by SIGKILL, as the system does when memory runs out, after it said 'epoch 3 of 20'; run the same command again, it goes on where it stopped\.$"):
-        side_by_side([waits, dies], 2, lambda line: None, names=["training of AT", "training of DAAT"])
-    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 7; run"): side_by_side([lambda tell: os._exit(7)] * 2, 2)
-    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 0; run"): side_by_side([lambda tell: os._exit(0)] * 2, 2)   # no end of a job
-    with pytest.raises(RuntimeError, match="(?s)^training of AT failed\n.*ZeroDivisionError"): side_by_side([lambda tell: 1 / 0] * 2, 2, names=["training of AT"] * 2)   # a fault in the code keeps its traceback
+        run_jobs([waits, dies], 2, lambda line: None, names=["training of AT", "training of DAAT"])
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 7; run"): run_jobs([lambda tell: os._exit(7)] * 2, 2)
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 0; run"): run_jobs([lambda tell: os._exit(0)] * 2, 2)   # no end of a job
+    with pytest.raises(RuntimeError, match="(?s)^training of AT failed\n.*ZeroDivisionError"): run_jobs([lambda tell: 1 / 0] * 2, 2, names=["training of AT"] * 2)   # a fault in the code keeps its traceback
 
 
 def test_what_a_job_says_may_be_any_text():
     said = []
-    side_by_side([lambda tell: tell("odd \udcff name")] * 2, 2, said.append)
+    run_jobs([lambda tell: tell("odd \udcff name")] * 2, 2, said.append)
     assert said == ["odd \\udcff name"] * 2
 
 
 def test_the_jobs_of_a_table_have_names(tmp_path):
     from adaptive_at.tables import plan as plans, results as tables
     from adaptive_at.papers.table1_daat import TABLE
-    from adaptive_at.tables.parameters import start
-    plan = plans.Plan(TABLE, plans.settle(start("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
+    from adaptive_at.tables.parameters import check_parameters
+    plan = plans.Plan(TABLE, plans.settle(check_parameters("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
     names = [job.name for job in tables._jobs(plan, True)]
     assert names == ["training of Standard AT", "training of Standard AT, seed 1", "evaluation of Standard AT (natural, PGD-20)", "evaluation of Standard AT, seed 1 (natural, PGD-20)"], names

@@ -18,11 +18,11 @@ from ..attacks import CleanStart, PGD, checked
 from ..base.schedules import Milestones
 from ..base.errors import UserError, nearly
 from ..base.checks import at_least, one_of
-from .baselines import Method, Training, unit
+from .baselines import Method, Training, scale_to_eps
 from ..objectives import AdversarialCE
 from ..radius import Bank, Fixed, RadiusRule
 from ..networks import in_mode
-from ..base.rng import Noise, key
+from ..base.rng import RandomStream, key
 
 # %% ../../nbs/lib/63_cat.ipynb #390ac9ff
 OUTCOMES = 'reset', 'minus_eta', 'v0', 'v2'
@@ -74,7 +74,7 @@ class CAT(RadiusRule):
 
 # %% ../../nbs/lib/63_cat.ipynb #303d0546
 def dirichlet(
-    noise: Noise,  # the examples' random stream
+    noise: RandomStream,  # the examples' random stream
     classes: int   # K
 ) -> Tensor:       # [B,K], rows sum to 1
     "Draws from Dirichlet(1, ..., 1): normalised exponentials."
@@ -88,7 +88,7 @@ class Label:
     y: Tensor                    # true classes [B]
     weight: Tensor               # of the Dirichlet part, c eps [B]
     radius: Tensor               # eps [B]
-    noise: Noise                 # of the Dirichlet draw
+    noise: RandomStream                 # of the Dirichlet draw
     per_eps: float|None = None   # the hinge's weight per eps, summed over the batch; None: 1, averaged
     divided: bool = False        # the Dirichlet part over K (v0), so that rows do not sum to 1
     examples: int = 0            # of the batch, where processes share it; 0: these
@@ -140,7 +140,7 @@ class SmoothedCE(AdversarialCE):
 
     def label(self, batch, eps: Tensor, moment: str) -> Label:
         "Labels made of radii `eps` [B], with this moment's draw."
-        noise = batch.noise or Noise(key('label'), batch.index)
+        noise = batch.noise or RandomStream(key('label'), batch.index)
         return Label(batch.y, self.c * eps, eps, noise.of('label', moment), examples=batch.size)
 
     def target(self, batch, eps): return self.label(batch, eps, 'attack')
@@ -219,12 +219,12 @@ def cat(
     "CAT (Cheng et al., 2022, Alg. 1) at the paper's settings."
     if label not in ('before', 'after'): raise UserError(f"cat: label is {label!r}{nearly(label, ('before', 'after'))}; it must be 'before' or 'after'.")
     if hinge not in ('mean', 'eps'): raise UserError(f"cat: hinge is {hinge!r}{nearly(hinge, ('mean', 'eps'))}; it must be 'mean' or 'eps'.")
-    c, eta, alpha = unit(c, PRINTED, at=eps), unit(eta, eps, at=PRINTED), unit(alpha, eps, at=PRINTED)
-    most = eps if cap is None else min(1., unit(cap, eps, at=PRINTED))  # the images' box is no wider
+    c, eta, alpha = scale_to_eps(c, PRINTED, at=eps), scale_to_eps(eta, eps, at=PRINTED), scale_to_eps(alpha, eps, at=PRINTED)
+    most = eps if cap is None else min(1., scale_to_eps(cap, eps, at=PRINTED))  # the images' box is no wider
     rule = CAT(most, eta, outcome, 'attack' if label == 'before' else 'rule', capped)
     loss = MixedLoss(kappa) if mixed else SmoothedCrossEntropy()
     attack = CATAttack(alpha, steps, loss, CleanStart(), eta=eta, cap=most if capped == 'before' else None) if label == 'before' else PGD(alpha, steps, loss, CleanStart())
-    return Method(rule, attack, MixedCE(c, kappa, unit(1., PRINTED, at=eps) if hinge == 'eps' else None) if mixed else SmoothedCE(c))
+    return Method(rule, attack, MixedCE(c, kappa, scale_to_eps(1., PRINTED, at=eps) if hinge == 'eps' else None) if mixed else SmoothedCE(c))
 
 
 def cat_v0(eps: float) -> Method:
@@ -241,12 +241,12 @@ def cat_v2(eps: float) -> Method:
 # %% ../../nbs/lib/63_cat.ipynb #7849be24
 def adv_ls(eps: float, c: float = 10., alpha: float = 0.007, steps: int = 10) -> Method:
     "Adv+LS: a fixed radius, the label of eq. 4 (CAT Table 6)."
-    return Method(Fixed(eps), PGD(unit(alpha, eps, at=PRINTED), steps, SmoothedCrossEntropy(), CleanStart()), SmoothedCE(unit(c, PRINTED, at=eps)))
+    return Method(Fixed(eps), PGD(scale_to_eps(alpha, eps, at=PRINTED), steps, SmoothedCrossEntropy(), CleanStart()), SmoothedCE(scale_to_eps(c, PRINTED, at=eps)))
 
 
 def adp_adv(eps: float, outcome: str = 'reset', eta: float = 0.005, alpha: float = 0.007, steps: int = 10) -> Method:
     "Adp-Adv: CAT's radius, one-hot labels (CAT Table 6)."
-    return Method(CAT(eps, unit(eta, eps, at=PRINTED), outcome), PGD(unit(alpha, eps, at=PRINTED), steps, start=CleanStart()), AdversarialCE())
+    return Method(CAT(eps, scale_to_eps(eta, eps, at=PRINTED), outcome), PGD(scale_to_eps(alpha, eps, at=PRINTED), steps, start=CleanStart()), AdversarialCE())
 
 
 # CAT section 5: lr down by 90% "at the 80th, 140th, and 180th epoch"; the first commit's phases of 80, 60, 40 and 20 epochs place them

@@ -21,11 +21,11 @@ from ..base.schedules import Milestones, Ramp
 from ..base.errors import UserError
 from ..base.checks import at_least, one_of
 from ..base.identity import piece, unhashed
-from .baselines import Method, Training, at, trades, unit
+from .baselines import Method, Training, at, trades, scale_to_eps
 from ..networks import MODES, Classifier, Network, approve_folding, fingerprint, in_mode
 from ..objectives import AdversarialCE
 from ..radius import Bank, Fixed, RadiusRule
-from ..base.rng import Noise, key
+from ..base.rng import RandomStream, key
 
 # %% ../../nbs/lib/64_dra.ipynb #fbb5bfb6
 @piece('Source')
@@ -95,7 +95,7 @@ class DRA:
         x: Tensor,                # clean images, in [0,1]
         y: Tensor,                # classes [B]
         eps: float|Tensor,        # mean change of a value on the [0,1] scale, before pixels are left out: one number, or one per example [B]
-        noise: Noise|None = None  # not used: the attack starts from the clean image
+        noise: RandomStream|None = None  # not used: the attack starts from the clean image
     ) -> Tensor:                  # adversarial images, in [0,1]
         "Attack a batch."
         eps, model = per_example(eps, x), self.source.model(x) if self.source else model
@@ -133,7 +133,7 @@ def accuracy(
     index = torch.arange(len(y), device=x.device)
     approve_folding(model, x)
     with in_mode(model, 'eval'):
-        right = sum((model(attack(model, x[i], y[i], eps, Noise(key('calibrate'), i))).argmax(1) == y[i]).sum() for i in index.split(batch))
+        right = sum((model(attack(model, x[i], y[i], eps, RandomStream(key('calibrate'), i))).argmax(1) == y[i]).sum() for i in index.split(batch))
     return 100 * float(right) / len(y)
 
 
@@ -150,7 +150,7 @@ def calibrate(
     rounds: int = 12             # bisections
 ) -> Calibration:
     "The factor on `dra` at which the attack leaves as many images standing as PGD does (DRA Table V)."
-    dra, pgd = unit(dra, eps, at=PRINTED), unit(pgd, eps, at=PRINTED)
+    dra, pgd = scale_to_eps(dra, eps, at=PRINTED), scale_to_eps(pgd, eps, at=PRINTED)
     def left(factor: float) -> float: return accuracy(model, attack, x, y, factor * dra)
 
     wanted, (low, high) = accuracy(model, reference or PGD(pgd / 20, 20), x, y, pgd), bounds
@@ -180,7 +180,7 @@ def success(
 @dataclass(frozen=True)
 class Scheduled(RadiusRule):
     "The same radius for every example, moving with the epochs."
-    eps: float|Ramp|Milestones  # resolved by `in_epoch`
+    eps: float|Ramp|Milestones  # resolved by `resolve_schedules`
     adaptive = False
 
     def bank(self, setting, key=0): return Bank(setting.n, 0., setting.device)
@@ -220,17 +220,17 @@ FINE_TUNED = 50/60  # of the epochs; the rest sees clean images only
 
 def decaying(eps: float, factor: float = 1.) -> Ramp:
     "DRA's strength on CIFAR-10: from 2 to 0.5 over the first 50 of 60 epochs, then 0 (section V.A)."
-    return Ramp(factor * unit(2/255, eps, at=PRINTED), factor * unit(0.5/255, eps, at=PRINTED), until=FINE_TUNED)
+    return Ramp(factor * scale_to_eps(2/255, eps, at=PRINTED), factor * scale_to_eps(0.5/255, eps, at=PRINTED), until=FINE_TUNED)
 
 
 def strength(eps: float, factor: float = 1.) -> float:
     "DRA's strength in its comparison with PGD: 1 (Table V)."
-    return factor * unit(1/255, eps, at=PRINTED)
+    return factor * scale_to_eps(1/255, eps, at=PRINTED)
 
 
 def pgd_strength(eps: float) -> float:
     "PGD's radius in that comparison: 2.55 (Table V)."
-    return unit(2.55/255, eps, at=PRINTED)
+    return scale_to_eps(2.55/255, eps, at=PRINTED)
 
 
 def dra_finetune(
@@ -252,7 +252,7 @@ def dra_finetune_constant(eps: float, p: float = 1/3, steps: int = 5, factor: fl
 
 def dra_finetune_mnist(eps: float, p: float = 2/3, steps: int = 20, factor: float = 1.) -> Method:
     "DRA fine-tuning as on MNIST: 0.1 where PGD's radius is 0.3 (Table II); the row starts from the clean run."
-    return Method(Fixed(factor * unit(0.1, eps, at=0.3)), DRA(p, steps), Replay())
+    return Method(Fixed(factor * scale_to_eps(0.1, eps, at=0.3)), DRA(p, steps), Replay())
 
 
 def pgd_finetune(eps: float) -> Method:
@@ -293,5 +293,5 @@ def on_mnist(
     eps: float       # the radius that plays the part of 0.3
 ) -> Method:
     "The same with the attack of TRADES' MNIST script."
-    start = NormalStart(unit(0.001, eps, at=0.3)) if isinstance(method.attack.start, NormalStart) else method.attack.start
-    return replace(method, attack=replace(method.attack, alpha=unit(0.01, eps, at=0.3), steps=40, start=start))
+    start = NormalStart(scale_to_eps(0.001, eps, at=0.3)) if isinstance(method.attack.start, NormalStart) else method.attack.start
+    return replace(method, attack=replace(method.attack, alpha=scale_to_eps(0.01, eps, at=0.3), steps=40, start=start))

@@ -17,11 +17,11 @@ from ..attacks import PGD, checked, project
 from ..base.schedules import Milestones, Ramp
 from ..base.checks import at_least, one_of
 from ..data.datasets import Batch
-from .baselines import Method, Training, unit
+from .baselines import Method, Training, scale_to_eps
 from ..networks import in_mode
 from ..objectives import AdversarialCE
 from ..radius import Bank, Fixed, RadiusRule
-from ..base.rng import Noise, bits, key, uniform
+from ..base.rng import RandomStream, bits, key, uniform
 
 # %% ../../nbs/lib/62_iaat.ipynb #9954a54c
 @piece('CrossingPGD')
@@ -70,7 +70,7 @@ class RandomTargetPGD(CrossingPGD):
     @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `y` are the true classes."
-        noise = noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
+        noise = noise or RandomStream(key('attack'), torch.arange(len(x), device=x.device))
         aimed = replace(self, loss=Towards(self.loss, uniform(noise.of('target class').key, noise.index, ())))
         return CrossingPGD.__call__(aimed, model, x, y, eps, noise)
 
@@ -139,7 +139,7 @@ class IAAT(RadiusRule):
 
 # %% ../../nbs/lib/62_iaat.ipynb #a9d365eb
 def mixing(
-    noise: Noise            # the random stream of a batch, for this purpose
+    noise: RandomStream            # the random stream of a batch, for this purpose
 ) -> tuple[Tensor, Tensor]: # lambda, a scalar in [0,1), and each example's partner: a permutation of places in the batch [B]
     "What one mixup draws: uniform lambda and a uniform permutation, functions of the set of examples."
     lam = uniform(noise.of('lambda').key, noise.index.min()[None], ())[0]
@@ -183,8 +183,8 @@ def iaat(
     misclassified: str = 'released'  # or 'printed'
 ) -> Method:
     "IAAT on CIFAR (Table 7)."
-    attack = CrossingPGD(unit(2/255, eps, at=EIGHT), 10, mode=mode)
-    rule = IAAT(eps, attack, unit(gamma, eps, at=EIGHT), PerRun(values=(beta * epochs,)), Ramp(1., 1., until=warmup / epochs), misclassified=misclassified)
+    attack = CrossingPGD(scale_to_eps(2/255, eps, at=EIGHT), 10, mode=mode)
+    rule = IAAT(eps, attack, scale_to_eps(gamma, eps, at=EIGHT), PerRun(values=(beta * epochs,)), Ramp(1., 1., until=warmup / epochs), misclassified=misclassified)
     return Method(rule, attack, AdversarialCE())
 
 
@@ -194,7 +194,7 @@ def iaat_baseline(
     mode: str = 'train'
 ) -> Method:
     "Adversarial training at IAAT's settings (Table 7)."
-    return Method(Fixed(eps), PGD(unit(2/255, eps, at=EIGHT) if alpha is None else alpha, 10, mode=mode), AdversarialCE())
+    return Method(Fixed(eps), PGD(scale_to_eps(2/255, eps, at=EIGHT) if alpha is None else alpha, 10, mode=mode), AdversarialCE())
 
 
 def mixup_at(
@@ -203,7 +203,7 @@ def mixup_at(
     mode: str = 'train'
 ) -> Method:
     "Mixup adversarial training (Lamb et al., 2019) at IAAT's settings (IAAT Table 6)."
-    return Method(Fixed(eps), PGD(unit(2/255, eps, at=EIGHT), steps, mode=mode), MixupCE())
+    return Method(Fixed(eps), PGD(scale_to_eps(2/255, eps, at=EIGHT), steps, mode=mode), MixupCE())
 
 # %% ../../nbs/lib/62_iaat.ipynb #8b240b45
 @piece('HalfRandomTargetPGD')
@@ -225,8 +225,8 @@ def imagenet_iaat(
     half: bool = False       # attacks in half precision, the paper's
 ) -> Method:
     "IAAT on ImageNet: random targets, warm-up of 30 of 110 epochs (Table 8, appendix D.2)."
-    attack = (HalfRandomTargetPGD if half else RandomTargetPGD)(unit(1/255, eps, at=SIXTEEN), steps, mode=mode, crossings=1.)
-    rule = IAAT(eps, replace(attack, steps=10), unit(gamma, eps, at=SIXTEEN), PerRun(values=(beta * 110,)), Ramp(1., 1., until=30/110), least=unit(4/255, eps, at=SIXTEEN))
+    attack = (HalfRandomTargetPGD if half else RandomTargetPGD)(scale_to_eps(1/255, eps, at=SIXTEEN), steps, mode=mode, crossings=1.)
+    rule = IAAT(eps, replace(attack, steps=10), scale_to_eps(gamma, eps, at=SIXTEEN), PerRun(values=(beta * 110,)), Ramp(1., 1., until=30/110), least=scale_to_eps(4/255, eps, at=SIXTEEN))
     return Method(rule, attack, AdversarialCE())
 
 
@@ -237,7 +237,7 @@ def imagenet_baseline(
     half: bool = False       # the attack in half precision
 ) -> Method:
     "Adversarial training on ImageNet with random targets (Table 8; Xie et al., 2019)."
-    return Method(Fixed(eps), (HalfRandomTargetPGD if half else RandomTargetPGD)(unit(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
+    return Method(Fixed(eps), (HalfRandomTargetPGD if half else RandomTargetPGD)(scale_to_eps(30 / steps / 255, eps, at=SIXTEEN), steps, mode=mode), AdversarialCE())
 
 # %% ../../nbs/lib/62_iaat.ipynb #e2021a84
 @piece('Warmed')

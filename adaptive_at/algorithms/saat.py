@@ -17,11 +17,11 @@ from ..attacks import CleanStart, KL, NormalStart, PGD, checked, gradient, per_e
 from ..base.schedules import Milestones
 from ..base.checks import at_least, one_of
 from ..data.datasets import Augment
-from .baselines import Method, Training, WeightPerturbation, unit
+from .baselines import Method, Training, WeightPerturbation, scale_to_eps
 from ..networks import MODES, folded, in_mode
 from ..objectives import AdversarialCE, TRADES
 from ..radius import Fixed
-from ..base.rng import Noise, key
+from ..base.rng import RandomStream, key
 
 # %% ../../nbs/lib/61_saat.ipynb #c5fb5176
 def radii(
@@ -51,7 +51,7 @@ class StrengthAdaptivePGD(PGD):
     @checked
     def __call__(self, model, x, y, eps, noise=None):
         "Attack a batch; `eps` caps every stage."
-        eps, noise = per_example(eps, x), noise or Noise(key('attack'), torch.arange(len(x), device=x.device))
+        eps, noise = per_example(eps, x), noise or RandomStream(key('attack'), torch.arange(len(x), device=x.device))
         with in_mode(model, self.mode), folded(model):
             target, ball = self.loss.target(model, x, y), eps.clamp(max=self.full)
             x_adv = self.start(x, ball, noise)
@@ -74,7 +74,7 @@ class StrengthAdaptivePGD(PGD):
 # %% ../../nbs/lib/61_saat.ipynb #2f51f834
 def in_255ths(value: float, eps: float) -> float:
     "`value`/255, published for radius 8/255, in proportion for radius `eps`."
-    return unit(value / 255, eps, at=8/255)
+    return scale_to_eps(value / 255, eps, at=8/255)
 
 
 def rice_at(eps: float, weights: WeightPerturbation|None = None) -> Method:
@@ -84,7 +84,7 @@ def rice_at(eps: float, weights: WeightPerturbation|None = None) -> Method:
 
 def rice_trades(eps: float, beta: float = 6., weights: WeightPerturbation|None = None) -> Method:
     "TRADES at radius 8/255 and step 2/255, batch norm in eval mode (csdongxian/AWP, trades_AWP/train_trades_cifar.py)."
-    return Method(Fixed(eps), PGD(in_255ths(2, eps), 10, KL(), NormalStart(unit(0.001, eps, at=8/255))), TRADES(beta), weights)
+    return Method(Fixed(eps), PGD(in_255ths(2, eps), 10, KL(), NormalStart(scale_to_eps(0.001, eps, at=8/255))), TRADES(beta), weights)
 
 
 def saat(

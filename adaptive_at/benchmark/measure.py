@@ -27,20 +27,20 @@ from ..attacks import CleanStart, PGD, per_example
 from ..algorithms.cat import cat
 from ..compiled import compiled
 from ..base.errors import UserError
-from ..base.schedules import in_epoch
-from ..base.files import project_root, replacing, slug
+from ..base.schedules import resolve_schedules
+from ..base.files import project_root, atomic_write, slug
 from ..data.datasets import Batch, Dataset
 from ..evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
-from ..figures import GREY, PALETTE, Html, look, styled, tag, tidy
+from ..figures import GREY, PALETTE, Html, figure_style, styled, tag, tidy
 from ..algorithms.iaat import iaat
-from ..algorithms.baselines import Method, Training, at, daat, fat, mart, natural, trades, unit
+from ..algorithms.baselines import Method, Training, at, daat, fat, mart, natural, trades, scale_to_eps
 from ..networks import NETWORKS, Classifier, Network, approve_folding, folded, frozen, in_mode, network
 from ..tables.parameters import COMMON, Parameter, checked, listed, refuse_unknown
-from ..tables.plan import flops, measured_cost, usable
-from ..radius import Setting
+from ..tables.plan import flops, measured_cost, check_device
+from ..radius import RuleContext
 from ..store.runs import hardware
 from ..algorithms.saat import saat_up
-from ..base.rng import Noise, key
+from ..base.rng import RandomStream, key
 from ..training import Monitor, Run, State, keep_memory, train, train_step
 from ..jobs.pool import cores, died
 
@@ -107,7 +107,7 @@ def begin(namespace: dict[str, Any]) -> Bench:   # the notebook's globals()
     told = {n: checked(n, given[n], p) for n, p in PARAMETERS.items()}
     if told['seeds'] == 1: raise UserError('seeds is 1; one seed has no spread, so give 2 or more, or 0 to leave bf16 training out.')
     device = torch.device(told['device'] or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    usable(str(device))
+    check_device(str(device))
     if told['threads']: torch.set_num_threads(told['threads'])
     keep_memory()
     root = project_root()
@@ -255,12 +255,12 @@ def our_step(task: Task, method: Method, precision: str = 'fp32', weights: dict|
     model = task.model()
     if weights: model.load_state_dict(weights)
     optimiser, device = sgd(model), task.x.device
-    bank = method.radius.bank(Setting(len(task.x), task.classes, model.width, device=str(device)), key('benchmark', 'bank'))
+    bank = method.radius.bank(RuleContext(len(task.x), task.classes, model.width, device=str(device)), key('benchmark', 'bank'))
     batch = Batch(task.x, task.y, torch.arange(len(task.x), device=device))
     bank.learning_rate(0.001)
     if held: held.enter_context(compiled(model, tuple(task.x.shape), method.attack.mode, precision == 'bf16'))
     def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return train_step(method, model, bank, optimiser, batch, Noise(key('benchmark', 'step'), batch.index))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return train_step(method, model, bank, optimiser, batch, RandomStream(key('benchmark', 'step'), batch.index))
     return step
 
 
@@ -354,7 +354,7 @@ def steps(bench: Bench, batch: int, tell: Callable[[str], None] = print) -> list
 # %% ../../nbs/lib/97_measure.ipynb #65e9b02a
 def small_run(bench: Bench, seed: int = 0, precision: str = 'fp32') -> Run:
     "Adversarial training of the small network on digits."
-    monitor = Monitor(PGD(unit(0.007, bench.eps), 1), bench.eps, examples=10, every=bench.epochs)
+    monitor = Monitor(PGD(scale_to_eps(0.007, bench.eps), 1), bench.eps, examples=10, every=bench.epochs)
     return Run('digits', bench.data.info.identity, bench.small, at(bench.eps), Training(epochs=bench.epochs, weight_decay=5e-4, precision=precision), monitor, seed=seed)
 
 
@@ -368,13 +368,13 @@ def small_task(bench: Bench, batch: int = 128, steps: int = 10) -> Task:
     "Training digits."
     split = bench.data.train
     index = datasets.balanced(split.y, batch)
-    return Task(bench.small, datasets.to_unit(split.x[index]), split.y[index], len(bench.data.info.classes), bench.eps, unit(0.007, bench.eps), steps)
+    return Task(bench.small, datasets.to_unit(split.x[index]), split.y[index], len(bench.data.info.classes), bench.eps, scale_to_eps(0.007, bench.eps), steps)
 
 
 def compared(eps: float) -> dict[str, Method]:
     "Methods whose steps are compared, in the middle of their training."
     all_ = {'AT': at(eps), 'DAAT': at(eps, daat(eps)), 'FAT': fat(eps), 'IAAT': iaat(eps), 'SAAT': saat_up(eps), 'CAT': cat(eps), 'TRADES': trades(eps), 'DAAT-TRADES': trades(eps, daat(eps)), 'MART': mart(eps)}
-    return {name: in_epoch(method, 60, 120) for name, method in all_.items()}
+    return {name: resolve_schedules(method, 60, 120) for name, method in all_.items()}
 
 
 def rules(bench: Bench, model: Classifier) -> list[Line]:
@@ -405,7 +405,7 @@ def _kept(kept: dict, name: str, attacked: Callable[[], Tensor]) -> Callable[[],
 def attacks(bench: Bench, model: Classifier, tell: Callable[[str], None] = print) -> list[Line]:
     "PGD-20, and PGD-100 with restarts, here and in other libraries: time, and robust accuracy."
     x, y = _images(bench)
-    alpha, lines = unit(0.003, bench.eps), []
+    alpha, lines = scale_to_eps(0.003, bench.eps), []
     for label, n, restarts in (('PGD-20', 20, 1), (f'PGD-100x{bench.restarts}', 100, bench.restarts)):
         kept, notes = {}, {}
         ways = {'ours': _judged(bench, model, WhiteBox(PGD(alpha, n), bench.eps, restarts), kept, 'ours')}
@@ -454,7 +454,7 @@ def fidelity(bench: Bench, model: Classifier) -> list[Line]:
     for which, task in tasks.items():
         given = weights if which == 'small' else None
         method, index = methods(task)['AT'], torch.arange(len(task.x), device=task.x.device)
-        noise = Noise(key('benchmark', 'step'), index).of('attack')
+        noise = RandomStream(key('benchmark', 'step'), index).of('attack')
         start = method.attack.start(task.x, per_example(task.eps, task.x), noise)
         eager = task.model(channels_last=False)
         if given: eager.load_state_dict(given)
@@ -476,8 +476,8 @@ def fidelity(bench: Bench, model: Classifier) -> list[Line]:
             lines += [replace(head, metric=what, value=abs(float(ours_) / float(theirs) - 1), target=1e-5 if precision == 'fp32' and 'same' in what else math.nan, note='relative difference') for what, (ours_, theirs) in told.items()]
             lines += [replace(head, metric='same sign of the gradient', value=100 * float(((ours - moved).abs() < task.alpha / 2).double().mean()), unit='%', n=inner.numel())]
     x, y = _images(bench)
-    alpha, index = unit(0.003, bench.eps), torch.arange(len(x), device=x.device)
-    noise = Noise(key('benchmark', 'fidelity'), index)
+    alpha, index = scale_to_eps(0.003, bench.eps), torch.arange(len(x), device=x.device)
+    noise = RandomStream(key('benchmark', 'fidelity'), index)
     attack = PGD(alpha, 20)
     def standing(x_adv): return model(x_adv).argmax(1) == y
     with in_mode(model, 'eval'), frozen(model), torch.no_grad():
@@ -530,7 +530,7 @@ def growth(bench: Bench) -> list[Line]:
         run = replace(small_run(bench), train_examples=n if n < bench.data.info.n_train else 0)
         run = replace(run, training=replace(run.training, epochs=1, batch=50))
         return lambda: train(run, bench.data, State(run, bench.data, bench.device), tell=lambda line: None)
-    def step(batch: int, passes: int): return our_step(small_task(bench, batch, passes), replace(at(bench.eps), attack=PGD(unit(0.007, bench.eps), passes - 1)))
+    def step(batch: int, passes: int): return our_step(small_task(bench, batch, passes), replace(at(bench.eps), attack=PGD(scale_to_eps(0.007, bench.eps), passes - 1)))
     make = {'images': epoch, 'passes': lambda k: step(128, k), 'batch': lambda b: step(b, 11)}
     laps, lines, main = alternating({(what, size): make[what](size) for what, sizes in SWEEPS.items() for size in sizes}, bench.repeats, bench.warmup, bench.device), [], bench.clocks[0]
     for what, sizes in SWEEPS.items():
@@ -553,7 +553,7 @@ def swept(small: str, device: str, epochs: int) -> dict[str, list[float]]:
     bench = begin(dict(small=small, device=device, epochs=epochs, threads=1))
     out = {'steps': [], 'epochs': []}
     for passes in (3, 3, *SWEEPS['passes']):   # twice the smallest, so that all that is made once is there
-        our_step(small_task(bench, 128, passes), replace(at(bench.eps), attack=PGD(unit(0.007, bench.eps), passes - 1)))()
+        our_step(small_task(bench, 128, passes), replace(at(bench.eps), attack=PGD(scale_to_eps(0.007, bench.eps), passes - 1)))()
         out['steps'].append(peak(bench.device))
     run = small_run(bench)
     train(run, bench.data, State(run, bench.data, bench.device), save=lambda state: out['epochs'].append(peak(bench.device)), tell=lambda line: None)
@@ -575,7 +575,7 @@ def memory(bench: Bench) -> list[Line]:
 def bf16(bench: Bench, tell: Callable[[str], None] = print) -> list[Line]:
     "Natural and PGD-20 accuracy after training in fp32 and in bf16, over seeds; their difference with its 95% interval."
     from scipy.stats import t
-    columns = {'natural accuracy': Clean(), 'accuracy under PGD-20': WhiteBox(PGD(unit(0.003, bench.eps), 20), bench.eps)}
+    columns = {'natural accuracy': Clean(), 'accuracy under PGD-20': WhiteBox(PGD(scale_to_eps(0.003, bench.eps), 20), bench.eps)}
     found = {(precision, name): [] for precision in ('fp32', 'bf16') for name in columns}
     for seed in range(bench.seeds):
         for precision in ('fp32', 'bf16'):
@@ -660,7 +660,7 @@ def draw(found: pd.DataFrame, bench: Bench) -> Figure:
     panels = {'one training step, in units of the textbook loop': ratios[(ratios.part == 'steps') & ratios.reference.str.endswith('textbook')],
               'one evaluation, in units of the other library': ratios[ratios.part.isin(['evaluation', 'autoattack']) & ~ratios.reference.str.contains('ours')],
               'one step of the small network, in units of AT': ratios[ratios.part == 'rules']}
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout='constrained')
         for ax, (title, part) in zip(axes.flat, panels.items()):
             several = part.batch.nunique() > 1
@@ -694,6 +694,6 @@ def report(found: pd.DataFrame, bench: Bench) -> Path:
     "Write the figure beside the table."
     import matplotlib.pyplot as plt
     fig = draw(found, bench)
-    with replacing(bench.folder/'benchmark.png') as part: fig.savefig(part, format='png')
+    with atomic_write(bench.folder/'benchmark.png') as part: fig.savefig(part, format='png')
     plt.close(fig)
     return bench.folder/'benchmark.png'

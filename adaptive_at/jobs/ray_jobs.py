@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RETRIES', 'SHARE', 'PATIENCE', 'STARTING', 'QUIET', 'JOINS', 'Job', 'in_order', 'on_this_machine', 'resources',
-           'spoken_resources', 'installed', 'reached', 'check_loopback', 'joined', 'machines', 'unseen', 'shared',
-           'Sent', 'on_ray']
+           'format_resources', 'installed', 'check_reachable', 'check_loopback', 'joined', 'machines', 'unseen',
+           'shared', 'Sent', 'on_ray']
 
 # %% ../../nbs/lib/83_ray_jobs.ipynb #c814b749
 import ipaddress, os, pickle, platform, subprocess, sys, tempfile, time, uuid
@@ -20,7 +20,7 @@ from ..base.identity import CARRIED, carried, spec_hash, to_spec
 from ..base.errors import UserError
 from ..base.files import make_folder, write_text
 from .interrupts import Stopped
-from .pool import LONGEST, Tell, cores, side_by_side
+from .pool import LONGEST, Tell, cores, run_jobs
 
 # %% ../../nbs/lib/83_ray_jobs.ipynb #225dfeca
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def on_this_machine(jobs: Sequence[Job], workers: int, tell: Tell = print) -> No
     "Run all jobs on this machine, at most `workers` at once."
     if workers > 1: jobs = in_order(jobs)
     place = {job: n for n, job in enumerate(jobs)}
-    side_by_side([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
+    run_jobs([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
 
 # %% ../../nbs/lib/83_ray_jobs.ipynb #01124e40
 RETRIES = 30    # times that a task is started again after its process or machine died
@@ -67,7 +67,7 @@ def resources(
     return {'num_cpus': processes * (threads or torch.get_num_threads()), 'num_gpus': 0}
 
 
-def spoken_resources(threads: int|None, device: str, processes: int = 1) -> str:
+def format_resources(threads: int|None, device: str, processes: int = 1) -> str:
     "The same for people."
     taken = resources(threads, device, processes)
     return f"{taken['num_gpus']:g} GPU" + 's' * (taken['num_gpus'] > 1) if taken['num_gpus'] else f"{taken['num_cpus']:g} CPU" + 's' * (taken['num_cpus'] > 1)
@@ -84,7 +84,7 @@ def installed() -> None:
     if find_spec('ray') is None: raise UserError('launcher is \'ray\', but Ray is not installed; run `pip install "adaptive_at[cluster]"`, or leave launcher empty.')
 
 
-def reached(address: str) -> None:
+def check_reachable(address: str) -> None:
     "Refuse an address where no cluster answers."
     reason = f'nothing within {PATIENCE:.0f} seconds'
     with suppress(subprocess.TimeoutExpired):
@@ -127,7 +127,7 @@ def joined(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    if address: reached(address)
+    if address: check_reachable(address)
     else: os.environ.setdefault('RAY_num_workers_soft_limit', str(cores() + 2))  # as many as there are CPUs, and it would end and start them all the time: the queue of lines has a process too
     for left in (2, 1, 0):
         try:
@@ -172,7 +172,7 @@ def shared(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     token, word = folder/f'.seen-{uuid.uuid4().hex}', uuid.uuid4().hex
-    asking = ray.remote(_look)
+    asking = ray.remote(_check_folder)
     try:
         write_text(token, word)
         asked = [(n['NodeManagerHostname'], asking.options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=NodeAffinitySchedulingStrategy(n['NodeID'], soft=False)).remote(token, word)) for n in nodes]
@@ -187,7 +187,7 @@ def shared(
             with suppress(OSError): made.rmdir()
 
 
-def _look(token: Path, word: str) -> str:
+def _check_folder(token: Path, word: str) -> str:
     "On a machine of the cluster: what is wrong with the folder there; empty: nothing."
     try:
         if token.read_text() != word: return 'it has another content'
@@ -282,7 +282,7 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
 
 
 def _stop(ray: Any, refs: list, heard: Callable[[], None]) -> None:
-    "Ask all tasks to stop, give them the time that `patiently` gives them, and end the others."
+    "Ask all tasks to stop, give them the time that `defer_interrupt` gives them, and end the others."
     for ref in refs: ray.cancel(ref, force=False, recursive=False)
     until = time.monotonic() + LONGEST
     while refs and time.monotonic() < until:

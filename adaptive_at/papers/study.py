@@ -14,8 +14,8 @@ from ..algorithms.dra import FINE_TUNE, dra_finetune
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..tables.frontier import cost, draw, front
 from ..algorithms.iaat import iaat
-from ..algorithms.baselines import Training, at, daat, fat, mart, natural, trades, unit
-from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
+from ..algorithms.baselines import Training, at, daat, fat, mart, natural, trades, scale_to_eps
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 from ..algorithms.saat import saat_up
 
 def rows(p):
@@ -53,7 +53,7 @@ def extra_rows(p):
 
 FACTORS = (1, 2, 4)
 
-def columns(p): return {'natural': Clean(), 'PGD-20': WhiteBox(PGD(unit(0.003, p.eps), 20), p.eps), 'AA': AutoAttack(p.eps)}
+def columns(p): return {'natural': Clean(), 'PGD-20': WhiteBox(PGD(scale_to_eps(0.003, p.eps), 20), p.eps), 'AA': AutoAttack(p.eps)}
 
 def recipe(p): return Recipe(Training(weight_decay=5e-4), Augment(crop=4, flip=True))
 
@@ -61,8 +61,8 @@ STUDIED = ('AT', 'FAT', 'DAAT', 'TRADES', 'DAAT-TRADES', 'MART', 'DAAT-MART', 'I
 VARIANTS = ('AT', 'DAAT', 'DAAT, joint', 'DAAT, bn_train', 'DAAT, joint_bn_train', 'DAAT, clipped', 'IAAT', 'IAAT, printed Alg. 1', 'IAAT, batch norm in eval mode', 'SAAT_up', 'SAAT_up(eps_max=9,rho=1.5)',
             'CAT', 'CAT, cross-entropy', 'CAT, minus_eta', "CAT, authors' code, v0", "CAT, authors' code, v2", *(f'DRA, factor {k}' for k in FACTORS))
 
-TABLE = Table('study', 'One protocol for all.', (Part('cifar10', 'resnet18'),), 8/255, rows, columns, recipe, extra_rows,
-              figures={'frontier': Needs(STUDIED, ('natural', 'AA')), 'variants': Needs(VARIANTS, ('natural', 'PGD-20', 'AA'))})
+TABLE = Table('study', 'One protocol for all.', (PaperBlock('cifar10', 'resnet18'),), 8/255, rows, columns, recipe, extra_rows,
+              figures={'frontier': FigureInputs(STUDIED, ('natural', 'AA')), 'variants': FigureInputs(VARIANTS, ('natural', 'PGD-20', 'AA'))})
 
 # %% ../../nbs/study.ipynb #f1a6f77d
 FAMILIES = {'IAAT': 'IAAT', 'SAAT_up': 'SAAT', 'CAT': 'CAT'} | dict.fromkeys(('DAAT', 'DAAT-TRADES', 'DAAT-MART'), 'DAAT')

@@ -11,7 +11,7 @@ from ..attacks import PGD
 from ..algorithms.cat import CAT_VGG16
 from ..evaluation import AutoAttack, WhiteBox
 from ..algorithms.baselines import at
-from ..tables.plan import Part, Plan, Recipe, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Table
 
 def rows(p): return {f'adversarial training (training eps=0.0{k})': at(p.eps * k / 3) for k in (1, 2, 3)}
 
@@ -23,7 +23,7 @@ def more_columns(p): return {'AA': AutoAttack(p.eps / 3)}
 
 def recipe(p): return Recipe(CAT_VGG16)
 
-TABLE = Table('table1_cat', 'CAT, Table 1.', (Part('cifar10', 'vgg16'),), 0.03, rows, columns, recipe, more_columns=more_columns)
+TABLE = Table('table1_cat', 'CAT, Table 1.', (PaperBlock('cifar10', 'vgg16'),), 0.03, rows, columns, recipe, more_columns=more_columns)
 
 # %% ../../nbs/table1_cat.ipynb #2161b10a
 import pandas as pd
@@ -48,9 +48,9 @@ from torch import nn
 from ..base import rng
 from ..algorithms.cat import PRINTED, cat
 from ..data.datasets import Batch
-from ..figures import GREY, PALETTE, look
+from ..figures import GREY, PALETTE, figure_style
 from ..algorithms.baselines import natural
-from ..radius import Setting
+from ..radius import RuleContext
 from ..training import train_step
 
 MARGIN, SIDE = 1.75, 40.  # of the toy; the side of the square that stands for [0,1], so that no ball is cut at its edges
@@ -94,8 +94,8 @@ class Plane(nn.Module):
 def fitted(method, z: torch.Tensor, y: torch.Tensor, steps: int = 200) -> tuple[Plane, np.ndarray]:
     "A plane trained on the points, all of them in each step, and the radii of the last attack in the toy's units [N]."
     index, model = torch.arange(len(y)), Plane()
-    optimiser, bank = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), method.radius.bank(Setting(len(y), 2, 2))
-    for t in range(steps): train_step(method, model, bank, optimiser, Batch(pixels(z), y, index), rng.Noise(rng.key('toy', t), index))
+    optimiser, bank = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), method.radius.bank(RuleContext(len(y), 2, 2))
+    for t in range(steps): train_step(method, model, bank, optimiser, Batch(pixels(z), y, index), rng.RandomStream(rng.key('toy', t), index))
     return model, SIDE * bank.used.numpy()
 
 
@@ -107,7 +107,7 @@ def fig1():
     "A linear classifier of separable points after standard, adversarial and customized adversarial training."
     z, y = toy('train')
     new = toy('test', 400, 1200)
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, len(TOY), figsize=(2.9 * len(TOY), 3.8), layout='constrained')
         for ax, (title, method) in zip(axes, TOY.items()):
             model, radius = fitted(method, z, y)

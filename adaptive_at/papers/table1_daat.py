@@ -9,9 +9,9 @@ __all__ = ['RHOS', 'TAUS', 'TABLE', 'rows', 'fixed', 'extra_rows', 'columns', 'e
 # %% ../../nbs/table1_daat.ipynb #6f15b1d2
 from ..attacks import FGSM, Margin, PGD, UniformStart
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
-from ..algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, unit
+from ..algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, scale_to_eps
 from ..radius import LinearDAAT, PiecewiseDAAT
-from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 
 def rows(p):
     radius = daat(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.))
@@ -44,7 +44,7 @@ def extra_rows(p):  # for the figures and the variants at the end
     }
 
 def columns(p):
-    eps, step = p.eps, unit(0.003, p.eps)  # step and starts are not printed: those of the TRADES and MART evaluators
+    eps, step = p.eps, scale_to_eps(0.003, p.eps)  # step and starts are not printed: those of the TRADES and MART evaluators
     return {
         'natural':         Clean(),
         'FGSM':            WhiteBox(FGSM(UniformStart()), eps),  # FGSM lies so far above PGD-20 in the paper that it must start at random, as FAT's evaluator does
@@ -59,19 +59,19 @@ def columns(p):
 
 def extra_columns(p):
     return {
-        'PGD-20 (step 0.002)': WhiteBox(PGD(unit(0.002, p.eps), 20), p.eps),
-        'C&W-20 (kappa 0)':    WhiteBox(PGD(unit(0.003, p.eps), 20, Margin(kappa=0)), p.eps),
+        'PGD-20 (step 0.002)': WhiteBox(PGD(scale_to_eps(0.002, p.eps), 20), p.eps),
+        'C&W-20 (kappa 0)':    WhiteBox(PGD(scale_to_eps(0.003, p.eps), 20, Margin(kappa=0)), p.eps),
     }
 
 def recipe(p): return Recipe(Training(lr=0.01 if p.dataset == 'svhn' else 0.1))
 
-TABLE = Table('table1_daat', 'DAAT, Table 1.', (Part('cifar10', 'resnet18'), Part('svhn', 'resnet18')), 0.031, rows, columns, recipe, extra_rows, extra_columns, figures={
-    'fig3':     Needs((*(fixed(rho, tau) for rho in RHOS for tau in TAUS), 'DAAT'), ('natural', 'FGSM')),
-    'fig4':     Needs(('Standard AT', 'FAT', 'DAAT', 'Enlarged DAAT'), ('natural', 'PGD-20')),
-    'fig5':     Needs(('Natural', 'Standard AT', 'DAAT')),
-    'fig6a':    Needs(('Natural', 'AT, 2/8 eps', 'AT, 4/8 eps', 'AT, 6/8 eps', 'Standard AT'), ('natural', 'PGD-20')),
-    'fig6b':    Needs(('DAAT', 'Piecewise DAAT', 'Linear DAAT'), ('natural', 'PGD-20')),
-    'variants': Needs(('Standard AT', 'DAAT', 'DAAT, joint', 'DAAT, bn_train', 'DAAT, clipped'),
+TABLE = Table('table1_daat', 'DAAT, Table 1.', (PaperBlock('cifar10', 'resnet18'), PaperBlock('svhn', 'resnet18')), 0.031, rows, columns, recipe, extra_rows, extra_columns, figures={
+    'fig3':     FigureInputs((*(fixed(rho, tau) for rho in RHOS for tau in TAUS), 'DAAT'), ('natural', 'FGSM')),
+    'fig4':     FigureInputs(('Standard AT', 'FAT', 'DAAT', 'Enlarged DAAT'), ('natural', 'PGD-20')),
+    'fig5':     FigureInputs(('Natural', 'Standard AT', 'DAAT')),
+    'fig6a':    FigureInputs(('Natural', 'AT, 2/8 eps', 'AT, 4/8 eps', 'AT, 6/8 eps', 'Standard AT'), ('natural', 'PGD-20')),
+    'fig6b':    FigureInputs(('DAAT', 'Piecewise DAAT', 'Linear DAAT'), ('natural', 'PGD-20')),
+    'variants': FigureInputs(('Standard AT', 'DAAT', 'DAAT, joint', 'DAAT, bn_train', 'DAAT, clipped'),
                       ('natural', 'FGSM', 'FGSM (no start)', 'PGD-20', 'PGD-20 (step 0.002)', 'C&W-20', 'C&W-20 (kappa 0)', 'AA'), ('last', 'best')),
 }, aliases={'Non-Robust': 'transfer PGD-20 (Non-Robust)', 'AT': 'transfer PGD-20 (AT)'})
 
@@ -80,11 +80,11 @@ from ..theory import fig2
 
 # %% ../../nbs/table1_daat.ipynb #4e1d21db
 import matplotlib.pyplot as plt, numpy as np
-from ..figures import PALETTE, curves, distance_histograms, learning_curves, look
+from ..figures import PALETTE, curves, distance_histograms, learning_curves, figure_style
 
 def fig3(results, block):
     "Left: FGSM and natural accuracy against rho, a line per tau; right: learning curves at tau 2."
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 4, figsize=(13, 3), layout='constrained')
         for ax, column in zip(axes, ('FGSM', 'natural')):
             for tau, marker, colour in zip(TAUS, 'osD', PALETTE):
@@ -113,7 +113,7 @@ def fig4(results, block):
         index = torch.from_numpy(visited).nonzero()[:, 0]
         x = datasets.to_unit(data.train.x[index])
         radius = torch.from_numpy(bank['used'])[index]
-        started = run.method.attack.start(x, per_example(radius, x), rng.Noise(rng.key('fig4'), index))
+        started = run.method.attack.start(x, per_example(radius, x), rng.RandomStream(rng.key('fig4'), index))
         panels[row] = bank['realised'][visited] / block.protocol.eps, (started - x).abs().flatten(1).amax(1).numpy() / block.protocol.eps
         caps[row] = getattr(run.method.radius, 'cap', 1.)
     return distance_histograms(panels, caps)

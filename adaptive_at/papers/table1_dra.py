@@ -11,7 +11,7 @@ from ..data.datasets import Augment
 from ..algorithms.dra import CLEAN, MNIST_TRAINING, on_mnist
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..algorithms.baselines import MART_RESNET18, Training, at, mart, natural, trades
-from ..tables.plan import Part, Plan, Recipe, Row, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Row, Table
 
 def rows(p):
     if p.dataset == 'mnist':
@@ -34,4 +34,4 @@ def more_columns(p): return {'PGD-20 (step eps/4)': WhiteBox(PGD(p.eps / 4, 20),
 
 def recipe(p): return Recipe(MNIST_TRAINING, Augment(crop=4)) if p.dataset == 'mnist' else Recipe(Training())
 
-TABLE = Table('table1_dra', 'DRA, Table 1.', (Part('cifar10', 'resnet18', printed=('CIFAR-10', '')), Part('mnist', 'mnistcnn', printed=('MNIST', ''))), 8/255, rows, columns, recipe, more_columns=more_columns)
+TABLE = Table('table1_dra', 'DRA, Table 1.', (PaperBlock('cifar10', 'resnet18', printed=('CIFAR-10', '')), PaperBlock('mnist', 'mnistcnn', printed=('MNIST', ''))), 8/255, rows, columns, recipe, more_columns=more_columns)

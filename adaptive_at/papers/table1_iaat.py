@@ -12,9 +12,9 @@ from ..corruptions import Corruption
 from ..data.datasets import Augment
 from ..evaluation import Clean, Transfer, WhiteBox
 from ..algorithms.iaat import EIGHT, IAAT_RESNET18, IAAT_WRN, iaat, iaat_baseline
-from ..algorithms.baselines import natural, unit
+from ..algorithms.baselines import natural, scale_to_eps
 from ..networks import CIFAR10_IAAT
-from ..tables.plan import COPY, Needs, Part, Plan, Recipe, Table
+from ..tables.plan import COPY, FigureInputs, PaperBlock, Plan, Recipe, Table
 
 def adaptive(p, warm=True, mode='train', misclassified='released'):
     "IAAT at Table 7's settings for this network."
@@ -37,7 +37,7 @@ def extra_rows(p):  # for the figures and the variants at the end
     }
 
 def attacked(p):
-    def pgd(steps): return PGD(unit(2/255, p.eps, at=EIGHT), steps)  # the step is not printed for the evaluation: that of training, and of the released evaluator
+    def pgd(steps): return PGD(scale_to_eps(2/255, p.eps, at=EIGHT), steps)  # the step is not printed for the evaluation: that of training, and of the released evaluator
     return {
         'natural':           Clean(),
         'PGD-10x5':          WhiteBox(pgd(10), p.eps, restarts=5),
@@ -56,21 +56,21 @@ def extra_columns(p): return {swept(k): WhiteBox(PGD(p.eps * k / 8 / 4, 100), p.
 
 def recipe(p): return Recipe(IAAT_WRN if p.network == 'wrn32-10-iaat' else IAAT_RESNET18, Augment(crop=4, pad='reflect', flip=True), **CIFAR10_IAAT)
 
-TABLE = Table('table1_iaat', 'IAAT, Table 1.', (Part('cifar10', 'resnet18'), Part('cifar10', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe, extra_rows, extra_columns, figures={
-    'fig2':     Needs(('IAAT',)),
-    'fig3':     Needs((*(f'AT, {k}/8 eps' for k in range(1, 8)), 'Adversarial', 'IAAT', 'IAAT (no warm)'), ('natural', 'PGD-100x5')),
-    'fig4':     Needs(('Adversarial', 'AT, 2/8 eps', 'IAAT'), ('natural', *map(swept, SWEEP))),
-    'fig5':     Needs(('IAAT',)),
-    'fig6':     Needs(('IAAT',)),
-    'fig7':     Needs(('IAAT',)),
-    'fig8':     Needs(('IAAT',)),
-    'variants': Needs(('Adversarial', 'IAAT', 'IAAT, printed Alg. 1', 'IAAT, batch norm in eval mode', 'IAAT (no warm)'), ('natural', 'PGD-10x5', 'PGD-100x5', 'AA'), ('last', 'best')),
+TABLE = Table('table1_iaat', 'IAAT, Table 1.', (PaperBlock('cifar10', 'resnet18'), PaperBlock('cifar10', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe, extra_rows, extra_columns, figures={
+    'fig2':     FigureInputs(('IAAT',)),
+    'fig3':     FigureInputs((*(f'AT, {k}/8 eps' for k in range(1, 8)), 'Adversarial', 'IAAT', 'IAAT (no warm)'), ('natural', 'PGD-100x5')),
+    'fig4':     FigureInputs(('Adversarial', 'AT, 2/8 eps', 'IAAT'), ('natural', *map(swept, SWEEP))),
+    'fig5':     FigureInputs(('IAAT',)),
+    'fig6':     FigureInputs(('IAAT',)),
+    'fig7':     FigureInputs(('IAAT',)),
+    'fig8':     FigureInputs(('IAAT',)),
+    'variants': FigureInputs(('Adversarial', 'IAAT', 'IAAT, printed Alg. 1', 'IAAT, batch norm in eval mode', 'IAAT (no warm)'), ('natural', 'PGD-10x5', 'PGD-100x5', 'AA'), ('last', 'best')),
 })
 
 # %% ../../nbs/table1_iaat.ipynb #83de1b2e
 import matplotlib.pyplot as plt, numpy as np, torch
 from ..data import datasets
-from ..figures import GREY, PALETTE, look, words
+from ..figures import GREY, PALETTE, figure_style, words
 
 class Trained:
     "The images that a block's IAAT was trained on, their radii on the scale from 0 to 255, and the network."
@@ -92,7 +92,7 @@ class Trained:
     def taken(self, of, radius):
         "The images attacked within a radius (or one for each), and the classes that the network takes them for."
         x, y = self.images(of)
-        if torch.as_tensor(radius).any(): x = PGD(unit(2/255, self.eps, at=EIGHT), 100)(self.model, x, y, radius)
+        if torch.as_tensor(radius).any(): x = PGD(scale_to_eps(2/255, self.eps, at=EIGHT), 100)(self.model, x, y, radius)
         return x, self.model(x).argmax(1)
 
     def extreme(self, n, most=500):
@@ -115,7 +115,7 @@ class Trained:
 
 def fig2(results, block):
     trained, levels = Trained(results, block), (0, 0.5, 1, 2)
-    with look():
+    with figure_style():
         fig = plt.figure(figsize=(8.5, 6.6), layout='constrained')
         for half, title, of in zip(fig.subfigures(1, 2, wspace=0.06), ('smallest radii', 'largest radii'), trained.extreme(5)):
             half.suptitle(title)
@@ -129,7 +129,7 @@ def fig2(results, block):
 
 # %% ../../nbs/table1_iaat.ipynb #2ebf0e6d
 def fig3(results, block):
-    with look():
+    with figure_style():
         fig, ax = plt.subplots(figsize=(5.5, 4), layout='constrained')
         def points(rows, label, **style):
             at = np.array([[results.interval(block, row, column) for column in ('natural', 'PGD-100x5')] for row in rows])  # [row, axis, (value, low, high)]
@@ -147,7 +147,7 @@ def fig3(results, block):
 # %% ../../nbs/table1_iaat.ipynb #36175dcb
 def fig4(results, block):
     shown = {'Adversarial': r'AT at $\epsilon$', 'AT, 2/8 eps': r'AT at $2\epsilon/8$', 'IAAT': 'IAAT'}
-    with look():
+    with figure_style():
         fig, ax = plt.subplots(figsize=(5.5, 3.6), layout='constrained')
         for (row, label), marker, colour in zip(shown.items(), 'oDs', PALETTE):
             value, low, high = np.array([results.interval(block, row, column) for column in ('natural', *map(swept, SWEEP))]).T
@@ -162,7 +162,7 @@ def fig5(results, block):
     trained = Trained(results, block)
     path, followed, y = 255 * trained.bank['path'], trained.bank['path_index'], trained.data.train.y.cpu()
     epochs = np.arange(1, len(path) + 1)
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
         axes[0].plot(epochs, [255 * h['mean_eps'] for h in trained.history], color=PALETTE[0], lw=1.6)
         for i, style in zip(range(min(3, len(followed))), ('-', '--', '-.')): axes[1].plot(epochs, path[:, i], style, lw=1.6, label=f'image {followed[i]} ({words(trained.info.classes[y[followed[i]]])})')
@@ -176,7 +176,7 @@ def fig5(results, block):
 def fig6(results, block):
     trained = Trained(results, block)
     order = trained.radii.argsort(stable=True)
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(4, 10, figsize=(10, 5.2), layout='constrained')
         for ax, of in zip((axes[:2], axes[2:]), (order[:20], order.flip(0)[:20])):
             trained.show(ax.flat, of, 0.)
@@ -190,7 +190,7 @@ def fig7(results, block):
     of = trained.extreme(8)[0]
     own = (trained.radii[of] / 255).to(trained.plan.device)
     shown = {'image': 0., f'at {255 * trained.eps:.0f}': trained.eps, f'at {510 * trained.eps:.0f}': 2 * trained.eps, 'at its own': own}
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(len(shown), 8, figsize=(9.5, 5.4), layout='constrained')
         for ax, (title, radius) in zip(axes, shown.items()):
             trained.show(ax, of, radius)
@@ -204,7 +204,7 @@ def fig8(results, block):
     trained = Trained(results, block)
     snapshots, epochs = trained.bank['snapshots'][:, trained.index.numpy()].astype(np.float32) * 255, trained.bank['snapshot_epochs']
     shown = np.unique(np.linspace(0, len(epochs) - 1, 5).round().astype(int))
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown) + 0.4, 2.7), layout='constrained', squeeze=False)
         bins = np.linspace(0, max(snapshots.max(), 255 * trained.eps) * 1.02, 41)
         for ax, i in zip(axes[0], shown):

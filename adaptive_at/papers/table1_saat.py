@@ -13,7 +13,7 @@ from ..attacks import PGD
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..algorithms.baselines import natural
 from ..networks import CIFAR10_RICE, CIFAR100_SAAT
-from ..tables.plan import Needs, Part, Recipe, Row, Table
+from ..tables.plan import FigureInputs, PaperBlock, Recipe, Row, Table
 from ..radius import Fixed
 from ..algorithms.saat import SAAT_AUGMENT, SAAT_TRAINING, in_255ths, rice_at, robustness_disparity, saat, saat_down, saat_up
 from ..training import Monitor
@@ -73,16 +73,16 @@ def recipe(p):
 
 SWEEP = tuple(tested(e) for e in (0, *RADII))
 
-TABLE = Table('table1_saat', 'SAAT, Table 1.', (Part('cifar10', 'preactresnet18'),), 8/255, rows, columns, recipe, extra_rows, extra_columns, checkpoints=('best', 'last'), figures={
-    'fig1': Needs(tuple(trained_at(e) for e in BUDGETS), SWEEP, ('best', 'last')),
-    'fig2': Needs(tuple(wide('AT', x) for x in WIDTHS), SWEEP, ('best', 'last')),
-    'fig3': Needs(('AT', *dict.fromkeys((*(adaptive(rho) for rho in RHOS), *(adaptive(1.5, e) for e in EPS_MAX), *(wide('SAAT', x) for x in WIDTHS)))), SWEEP),
+TABLE = Table('table1_saat', 'SAAT, Table 1.', (PaperBlock('cifar10', 'preactresnet18'),), 8/255, rows, columns, recipe, extra_rows, extra_columns, checkpoints=('best', 'last'), figures={
+    'fig1': FigureInputs(tuple(trained_at(e) for e in BUDGETS), SWEEP, ('best', 'last')),
+    'fig2': FigureInputs(tuple(wide('AT', x) for x in WIDTHS), SWEEP, ('best', 'last')),
+    'fig3': FigureInputs(('AT', *dict.fromkeys((*(adaptive(rho) for rho in RHOS), *(adaptive(1.5, e) for e in EPS_MAX), *(wide('SAAT', x) for x in WIDTHS)))), SWEEP),
 }, stand_ins={'wrn34-1': 'narrow-4', 'wrn34-3': 'narrow-8', 'wrn34-5': 'narrow', 'wrn34-7': 'narrow-24'})
 
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from ..evaluation import mean_interval, paired, unpack
-from ..figures import GREY, PALETTE, curves, look, styled, tag
+from ..evaluation import mean_interval, paired, decode_verdicts
+from ..figures import GREY, PALETTE, curves, figure_style, styled, tag
 
 def radius_axis(block):
     "Name and unit of an axis of test radii."
@@ -90,7 +90,7 @@ def radius_axis(block):
 
 def verdicts(results, block, row, column, which):
     "Which images are classified right [S,N]."
-    return torch.stack([unpack(r['standing']) for r in results.of(block, row, column, which)])
+    return torch.stack([decode_verdicts(r['standing']) for r in results.of(block, row, column, which)])
 
 def disparity(results, block, row, which='last'):
     "RD of a row in points per unit of radius, and half of its 95% interval."
@@ -112,7 +112,7 @@ def history(results, block, row): return [h for h in results.plan.store.history(
 def fig1(results, block):
     "AT against test eps: alone, at several training eps, best and last; and its learning curve."
     run = block.runs['AT'][0]
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 4, figsize=(14, 3.2), layout='constrained')
         sweep(axes[0], results, block, {f'RD {disparity(results, block, "AT")[0]:.1f}': ('AT', 'last')}, '(a) standard AT')
         sweep(axes[1], results, block, {f'{e}: RD {disparity(results, block, trained_at(e))[0]:.1f}': (trained_at(e), 'last') for e in BUDGETS}, '(b) AT at several training $\\epsilon$')
@@ -131,7 +131,7 @@ def networks_of(block, method): return {block.runs[wide(method, x)][0].network.l
 def fig2(results, block):
     "AT on networks of several widths: against test eps, RD, learning curves, best minus last."
     rows = networks_of(block, 'AT')
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout='constrained')
         sweep(axes[0], results, block, {label: (row, 'last') for label, row in rows.items()}, '(a) AT, last checkpoint')
         value, half = np.array([disparity(results, block, row) for row in rows.values()]).T
@@ -152,7 +152,7 @@ def fig2(results, block):
 # %% ../../nbs/table1_saat.ipynb #2bf4ac4b
 def fig3(results, block):
     "SAAT over rho and over eps_max against test eps; learning curves and generalisation gap over rho; networks of several widths."
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout='constrained')
         def shown(label, row): return f'{label} (RD {disparity(results, block, row)[0]:.1f})'
         sweep(axes[0, 0], results, block, {shown(rf'$\rho={rho}$', adaptive(rho)): (adaptive(rho), 'last') for rho in RHOS}, r'(a) $\epsilon_{max}=128$')

@@ -11,7 +11,7 @@ from ..data.datasets import Augment
 from ..algorithms.dra import FINE_TUNE_MNIST, MNIST_TRAINING, dra_finetune_mnist, on_mnist
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..algorithms.baselines import natural, trades
-from ..tables.plan import Part, Plan, Recipe, Row, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Row, Table
 
 def rows(p):
     def baseline(beta): return on_mnist(trades(p.eps, beta=beta), p.eps) if p.dataset == 'mnist' else trades(p.eps, beta=beta)
@@ -31,7 +31,7 @@ def more_columns(p): return {'PGD-20 eps=0.3 (step eps/4)': WhiteBox(PGD(p.eps /
 
 def recipe(p): return Recipe(MNIST_TRAINING, Augment(crop=4))  # the paper also flips, which turns digits into other signs
 
-TABLE = Table('table2_dra', 'DRA, Table 2.', (Part('mnist', 'mnistcnn'),), 8/255, rows, columns, recipe, more_columns=more_columns)
+TABLE = Table('table2_dra', 'DRA, Table 2.', (PaperBlock('mnist', 'mnistcnn'),), 8/255, rows, columns, recipe, more_columns=more_columns)
 
 # %% ../../nbs/table2_dra.ipynb #d2a70002
 import pandas as pd

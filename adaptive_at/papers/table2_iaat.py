@@ -9,7 +9,7 @@ __all__ = ['TABLE', 'rows', 'columns']
 from ..algorithms.iaat import EIGHT, iaat_baseline
 from ..algorithms.baselines import natural
 from .table1_iaat import adaptive, attacked, recipe
-from ..tables.plan import Part, Plan, Table
+from ..tables.plan import PaperBlock, Plan, Table
 
 def rows(p):
     return {
@@ -20,4 +20,4 @@ def rows(p):
 
 def columns(p): return attacked(p)  # natural, PGD-10x5, PGD-100x5, PGD-1000x2, transfer PGD-1000
 
-TABLE = Table('table2_iaat', 'IAAT, Table 2.', (Part('cifar100', 'resnet18'), Part('cifar100', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)
+TABLE = Table('table2_iaat', 'IAAT, Table 2.', (PaperBlock('cifar100', 'resnet18'), PaperBlock('cifar100', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)

@@ -7,7 +7,7 @@ __all__ = ['BLOCKS', 'TABLE', 'rows']
 
 # %% ../../nbs/table2_saat.ipynb #2f1b5c05
 from .table1_saat import columns, recipe
-from ..tables.plan import Part, Table
+from ..tables.plan import PaperBlock, Table
 from ..algorithms.saat import for_classes, rice_at, rice_trades, saat_up, satrades_up
 from ..awp import AT_AWP, TRADES_AWP
 
@@ -28,6 +28,6 @@ def rows(p):
     }
     return on_at if p.dataset == 'cifar100' or p.network == 'wrn34-10' else on_at | on_trades
 
-BLOCKS = Part('cifar10', 'preactresnet18'), Part('cifar100', 'preactresnet18'), Part('cifar10', 'wrn34-10')
+BLOCKS = PaperBlock('cifar10', 'preactresnet18'), PaperBlock('cifar100', 'preactresnet18'), PaperBlock('cifar10', 'wrn34-10')
 
 TABLE = Table('table2_saat', 'SAAT, Table 2.', BLOCKS, 8/255, rows, columns, recipe, checkpoints=('best',))

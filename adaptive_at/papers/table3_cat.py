@@ -11,7 +11,7 @@ from ..algorithms.cat import CAT_VGG16, cat
 from ..deepfool import DeepFool
 from ..evaluation import Clean, WhiteBox
 from ..algorithms.baselines import at, natural, trades
-from ..tables.plan import Part, Plan, Recipe, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Table
 
 def rows(p):
     return {
@@ -34,4 +34,4 @@ def columns(p):
 
 def recipe(p): return Recipe(CAT_VGG16)
 
-TABLE = Table('table3_cat', 'CAT, Table 3.', (Part('cifar10', 'vgg16'),), 8/255, rows, columns, recipe)
+TABLE = Table('table3_cat', 'CAT, Table 3.', (PaperBlock('cifar10', 'vgg16'),), 8/255, rows, columns, recipe)

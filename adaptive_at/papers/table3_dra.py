@@ -10,7 +10,7 @@ from ..attacks import PGD
 from ..algorithms.dra import CLEAN, DRA, FINE_TUNE, accuracy, calibrate, calibrated, dra_finetune, pgd_strength, strength
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..algorithms.baselines import Training, natural, trades
-from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 
 def rows(p):
     return {
@@ -28,7 +28,7 @@ def more_columns(p): return {'PGD-20 eps=8/255 (step eps/4)': WhiteBox(PGD(p.eps
 
 def recipe(p): return Recipe(Training())  # of the TRADES rows: its authors' schedule
 
-TABLE = Table('table3_dra', 'DRA, Table 3.', (Part('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, more_columns=more_columns, figures={'fig3': Needs(('Vanilla trained',))})
+TABLE = Table('table3_dra', 'DRA, Table 3.', (PaperBlock('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, more_columns=more_columns, figures={'fig3': FigureInputs(('Vanilla trained',))})
 
 # %% ../../nbs/table3_dra.ipynb #6d937328
 import pandas as pd
@@ -58,7 +58,7 @@ def calibration(results, row):
 
 # %% ../../nbs/table3_dra.ipynb #7b05fed8
 import matplotlib.pyplot as plt, torch
-from ..figures import look, words
+from ..figures import figure_style, words
 
 def fig3(results, block):
     "PGD's adversary and noise, DRA's adversary and noise."
@@ -75,7 +75,7 @@ def fig3(results, block):
     i = int(interest.argmax())
     noises = {name: (x_adv[i] - x[i]).cpu() for name, x_adv in changed.items()}
     most = max(float(noise.mean(0).abs().max()) for noise in noises.values())
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 5, figsize=(12, 2.9), layout='constrained')
         def picture(ax, image, title): ax.imshow(image.cpu().permute(1, 2, 0).expand(-1, -1, 3).numpy(), vmin=0, vmax=1); ax.set_title(title)
         picture(axes[0], x[i], f'clean: {words(classes[y[i]])}')

@@ -9,9 +9,9 @@ __all__ = ['STEPS', 'TABLE', 'rows', 'towards', 'columns', 'extra_columns', 'rec
 from ..corruptions import MeanCorruptionError
 from ..evaluation import Clean, WhiteBox
 from ..algorithms.iaat import RandomTargetPGD, SIXTEEN, imagenet_baseline, imagenet_iaat, imagenet_training
-from ..algorithms.baselines import natural, unit
+from ..algorithms.baselines import natural, scale_to_eps
 from ..networks import IMAGENET
-from ..tables.plan import Needs, Part, Plan, Recipe, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Table
 
 def rows(p):
     steps, half = 10 if p.preset == 'quick' else 30, p.preset == 'paper'  # attacks in half precision, as appendix D.2 says
@@ -23,7 +23,7 @@ def rows(p):
 
 def towards(p, k, steps=1000):
     "Random-target PGD at k sixteenths of the radius; the step is not printed for the evaluation: that of training."
-    return WhiteBox(RandomTargetPGD(unit(1/255, p.eps, at=SIXTEEN), steps), p.eps * k / 16)
+    return WhiteBox(RandomTargetPGD(scale_to_eps(1/255, p.eps, at=SIXTEEN), steps), p.eps * k / 16)
 
 def columns(p):
     return {
@@ -41,19 +41,19 @@ def extra_columns(p): return {f'PGD-{t}': towards(p, 16, t) for t in STEPS}
 
 def recipe(p): return Recipe(imagenet_training(256), **IMAGENET)  # Table 8's rate for 256 images; the paper's 2048 and 4096 fit on 64 and 128 GPUs
 
-TABLE = Table('table3_iaat', 'IAAT, Table 3.', tuple(Part('imagenet', f'imagenet-resnet{depth}') for depth in (50, 101, 152)), SIXTEEN, rows, columns, recipe, extra_columns=extra_columns,
-              figures={'fig9': Needs(('IAAT',), tuple(f'PGD-{t}' for t in STEPS))},
+TABLE = Table('table3_iaat', 'IAAT, Table 3.', tuple(PaperBlock('imagenet', f'imagenet-resnet{depth}') for depth in (50, 101, 152)), SIXTEEN, rows, columns, recipe, extra_columns=extra_columns,
+              figures={'fig9': FigureInputs(('IAAT',), tuple(f'PGD-{t}' for t in STEPS))},
               stand_ins={'imagenet-resnet50': 'narrow-4', 'imagenet-resnet101': 'narrow-8', 'imagenet-resnet152': 'narrow'})
 
 # %% ../../nbs/table3_iaat.ipynb #5128de2a
 import matplotlib.pyplot as plt, numpy as np
-from ..figures import PALETTE, look
+from ..figures import PALETTE, figure_style
 
 def fig9(results, block):
     "One line per network: all blocks of a dataset are drawn with the first."
     together = [b for b in results.plan.blocks if b.info == block.info]
     if block is not together[0]: return None
-    with look():
+    with figure_style():
         fig, ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
         for b, marker, colour in zip(together, 'osD', PALETTE):
             columns = {b.columns[f'PGD-{t}'].steps: f'PGD-{t}' for t in reversed(STEPS)}  # those beyond a preset's limit ran as the limit

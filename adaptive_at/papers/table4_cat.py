@@ -11,7 +11,7 @@ from ..algorithms.cat import CAT_WRN34, cat
 from ..evaluation import Clean, WhiteBox
 from ..algorithms.iaat import iaat
 from ..algorithms.baselines import at, mart, natural, trades
-from ..tables.plan import Part, Plan, Recipe, Row, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Row, Table
 
 QUOTED = Row(None)
 
@@ -37,4 +37,4 @@ def columns(p):
 
 def recipe(p): return Recipe(CAT_WRN34)
 
-TABLE = Table('table4_cat', 'CAT, Table 4.', (Part('cifar10', 'wrn34-10', printed=('CIFAR-10', 'WideResNet')),), 8/255, rows, columns, recipe)
+TABLE = Table('table4_cat', 'CAT, Table 4.', (PaperBlock('cifar10', 'wrn34-10', printed=('CIFAR-10', 'WideResNet')),), 8/255, rows, columns, recipe)

@@ -7,10 +7,10 @@ __all__ = ['NETWORKS', 'ATTACKED', 'SHARES', 'TABLE', 'factor', 'rows', 'attack'
 
 # %% ../../nbs/table4_dra.ipynb #8276c46c
 from ..algorithms.dra import CLEAN, DRA, FINE_TUNE, calibrated, dra_finetune, strength, success
-from ..evaluation import WhiteBox, unpack, wilson
+from ..evaluation import WhiteBox, decode_verdicts, wilson
 from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..tables.plan import Needs, Part, Plan, Row, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Row, Table
 
 NETWORKS = {'ResNet-18': 'resnet18', 'ResNet-34': 'resnet34', 'ResNet-50': 'resnet50', 'ResNet-101': 'resnet101'}
 
@@ -29,23 +29,23 @@ def attack(e, k): return f'DRA eps={e} p={k}/12'
 
 def extra_columns(p): return {attack(e, k): WhiteBox(DRA(k / 12), e * strength(p.eps, factor(p))) for e in (1, 2) for k in SHARES}
 
-TABLE = Table('table4_dra', 'DRA, Table 4.', (Part('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, extra_columns=extra_columns, more_columns=more_columns,
-              figures={'fig4': Needs(ATTACKED, ('natural', *(attack(e, k) for e in (1, 2) for k in SHARES)))},
+TABLE = Table('table4_dra', 'DRA, Table 4.', (PaperBlock('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, extra_columns=extra_columns, more_columns=more_columns,
+              figures={'fig4': FigureInputs(ATTACKED, ('natural', *(attack(e, k) for e in (1, 2) for k in SHARES)))},
               stand_ins={'resnet18': 'narrow-8', 'resnet34': 'narrow', 'resnet50': 'narrow-24', 'resnet101': 'narrow-32'})
 
 # %% ../../nbs/table4_dra.ipynb #e31af7f7
 import matplotlib.pyplot as plt, numpy as np, torch
-from ..figures import GREY, PALETTE, look
+from ..figures import GREY, PALETTE, figure_style
 
 def success_rate(results, block, row, column):
     "Success rate of an attack in percent and its Wilson interval, all seeds together."
-    right, standing = (torch.cat([unpack(r['standing']) for r in results.of(block, row, c)]) for c in ('natural', column))
+    right, standing = (torch.cat([decode_verdicts(r['standing']) for r in results.of(block, row, c)]) for c in ('natural', column))
     rate, n = success(right, standing)
     return rate, *wilson(rate, n)
 
 def fig4(results, block):
     "DRA's success rate against p, a line per vanilla network and strength."
-    with look():
+    with figure_style():
         fig, ax = plt.subplots(figsize=(7, 3.6), layout='constrained')
         shares = np.array([0, *SHARES]) / 12
         for row, marker, colour, aside in zip(ATTACKED, 'osD', PALETTE, (-0.01, 0, 0.01)):

@@ -8,7 +8,7 @@ __all__ = ['TABLE', 'rows']
 # %% ../../nbs/table4_iaat.ipynb #55fc3a09
 from ..algorithms.iaat import EIGHT
 from .table1_iaat import adaptive, columns, recipe
-from ..tables.plan import Part, Plan, Table
+from ..tables.plan import PaperBlock, Plan, Table
 
 def rows(p):
     return {
@@ -16,4 +16,4 @@ def rows(p):
         'IAAT (warm)':    adaptive(p),
     }
 
-TABLE = Table('table4_iaat', 'IAAT, Table 4.', (Part('cifar10', 'resnet18'), Part('cifar10', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)
+TABLE = Table('table4_iaat', 'IAAT, Table 4.', (PaperBlock('cifar10', 'resnet18'), PaperBlock('cifar10', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)

@@ -10,7 +10,7 @@ from ..attacks import PGD
 from ..algorithms.cat import CAT_VGG16, CAT_WRN34, cat
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
 from ..algorithms.baselines import at, natural, trades
-from ..tables.plan import Part, Plan, Recipe, Table
+from ..tables.plan import PaperBlock, Plan, Recipe, Table
 
 def rows(p):
     return {
@@ -29,5 +29,5 @@ def more_columns(p): return {'natural': Clean(), 'PGD-20': WhiteBox(attack(p), p
 
 def recipe(p): return Recipe(CAT_VGG16 if p.network == 'vgg16' else CAT_WRN34)
 
-TABLE = Table('table5_cat', 'CAT, Table 5.', (Part('cifar10', 'vgg16'), Part('cifar10', 'wrn34-10', printed=('CIFAR-10', 'WideResNet'))), 8/255, rows, columns, recipe,
+TABLE = Table('table5_cat', 'CAT, Table 5.', (PaperBlock('cifar10', 'vgg16'), PaperBlock('cifar10', 'wrn34-10', printed=('CIFAR-10', 'WideResNet'))), 8/255, rows, columns, recipe,
               extra_rows, more_columns=more_columns, aliases={'transfer': 'transfer (natural model)'})

@@ -9,7 +9,7 @@ __all__ = ['TABLE', 'rows', 'extra_rows']
 from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant, madry_dra, madry_pgd, pgd_finetune, trades_dra, trades_pgd
 from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..tables.plan import Part, Plan, Row, Table
+from ..tables.plan import PaperBlock, Plan, Row, Table
 
 def rows(p):
     share, factor = p.get('p', 1/3), p.get('factor', calibrated(p.dataset))
@@ -24,4 +24,4 @@ def rows(p):
 
 def extra_rows(p): return {'Vanilla trained': Row(natural(), CLEAN)}  # what the last two start from
 
-TABLE = Table('table5_dra', 'DRA, Table 5.', (Part('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, extra_rows, more_columns=more_columns)
+TABLE = Table('table5_dra', 'DRA, Table 5.', (PaperBlock('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, extra_rows, more_columns=more_columns)

@@ -8,7 +8,7 @@ __all__ = ['TABLE', 'rows', 'columns']
 # %% ../../nbs/table5_iaat.ipynb #39d29779
 from ..algorithms.iaat import EIGHT
 from .table1_iaat import adaptive, attacked, recipe
-from ..tables.plan import Part, Plan, Table
+from ..tables.plan import PaperBlock, Plan, Table
 
 def rows(p):
     return {
@@ -18,4 +18,4 @@ def rows(p):
 
 def columns(p): return attacked(p)  # natural, PGD-10x5, PGD-100x5, PGD-1000x2, transfer PGD-1000
 
-TABLE = Table('table5_iaat', 'IAAT, Table 5.', (Part('cifar100', 'resnet18'), Part('cifar100', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)
+TABLE = Table('table5_iaat', 'IAAT, Table 5.', (PaperBlock('cifar100', 'resnet18'), PaperBlock('cifar100', 'wrn32-10-iaat')), EIGHT, rows, columns, recipe)

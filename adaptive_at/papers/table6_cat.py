@@ -10,7 +10,7 @@ from ..attacks import PGD
 from ..algorithms.cat import CAT_VGG16, OUTCOMES, adp_adv, adv_ls, cat, cat_v0, cat_v2
 from ..evaluation import Clean, WhiteBox
 from ..algorithms.baselines import at
-from ..tables.plan import Needs, Part, Plan, Recipe, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Table
 
 def ours(p, **changes): return cat(p.eps, c=p.get('c', 10.), eta=p.get('eta', 0.005), kappa=p.get('kappa', 10.), **changes)
 
@@ -34,6 +34,6 @@ def columns(p): return {'natural': Clean(), 'PGD': WhiteBox(PGD(p.eps / 5, 100),
 
 def recipe(p): return Recipe(CAT_VGG16)
 
-TABLE = Table('table6_cat', 'CAT, Table 6.', (Part('cifar10', 'vgg16'),), 8/255, rows, columns, recipe, extra_rows, figures={
-    'variants': Needs(('CAT', 'CAT, cross-entropy', 'CAT, minus_eta', 'CAT, v0', 'CAT, v2', "authors' code, v0", "authors' code, v2"), ('natural', 'PGD', 'AA')),
+TABLE = Table('table6_cat', 'CAT, Table 6.', (PaperBlock('cifar10', 'vgg16'),), 8/255, rows, columns, recipe, extra_rows, figures={
+    'variants': FigureInputs(('CAT', 'CAT, cross-entropy', 'CAT, minus_eta', 'CAT, v0', 'CAT, v2', "authors' code, v0", "authors' code, v2"), ('natural', 'PGD', 'AA')),
 })

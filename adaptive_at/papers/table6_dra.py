@@ -9,7 +9,7 @@ __all__ = ['TABLE', 'rows']
 from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune_constant
 from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
-from ..tables.plan import Part, Plan, Row, Table
+from ..tables.plan import PaperBlock, Plan, Row, Table
 
 def rows(p):
     def ours(share): return Row(dra_finetune_constant(p.eps, share, factor=p.get('factor', calibrated(p.dataset))), FINE_TUNE, start='p=0')
@@ -21,4 +21,4 @@ def rows(p):
         'p=1':   ours(1.),
     }
 
-TABLE = Table('table6_dra', 'DRA, Table 6.', (Part('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, more_columns=more_columns)
+TABLE = Table('table6_dra', 'DRA, Table 6.', (PaperBlock('cifar10', 'resnet50'),), 8/255, rows, columns, recipe, more_columns=more_columns)

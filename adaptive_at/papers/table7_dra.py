@@ -10,7 +10,7 @@ from ..corruptions import Corruption, samples
 from ..algorithms.dra import CLEAN, FINE_TUNE, calibrated, dra_finetune
 from ..evaluation import AutoAttack, Clean
 from ..algorithms.baselines import Training, natural
-from ..tables.plan import Needs, Part, Plan, Recipe, Row, Table
+from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 
 CORRUPTIONS = {'Snow': 'snow', 'Frost': 'frost', 'Zoom_blur': 'zoom_blur', 'Motion_blur': 'motion_blur', 'JPEG compression': 'jpeg_compression', 'Gaussian noise': 'gaussian_noise'}
 
@@ -27,7 +27,7 @@ def more_columns(p): return {'natural': Clean(), 'corruption (all 19)': Corrupti
 
 def recipe(p): return Recipe(Training())
 
-TABLE = Table('table7_dra', 'DRA, Table 7.', (Part('cifar10', 'resnet50', printed=('CIFAR-10-C', 'ResNet-50')),), 8/255, rows, columns, recipe, more_columns=more_columns, figures={'fig5': Needs()})
+TABLE = Table('table7_dra', 'DRA, Table 7.', (PaperBlock('cifar10', 'resnet50', printed=('CIFAR-10-C', 'ResNet-50')),), 8/255, rows, columns, recipe, more_columns=more_columns, figures={'fig5': FigureInputs()})
 
 # %% ../../nbs/table7_dra.ipynb #69b37375
 from ..data import datasets

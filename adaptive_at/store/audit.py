@@ -22,8 +22,8 @@ from ..tables.warnings import of_facts
 from ..networks import NETWORKS
 from ..tables.parameters import COMMON, Parameters, TABLES, about
 from ..tables.plan import PRESETS, Plan, Session
-from .runs import consistent, fingerprint_of, parsed, plausible, read, read_arrays
-from .checksums import Damaged, read_sealed
+from .runs import consistent, fingerprint_of, parse_history, is_valid_spec, read_checkpoint, read_arrays
+from .checksums import Damaged, read_checked_json
 
 FOLDER = re.compile(r'([a-z0-9-]+)-([0-9a-f]{12})')
 
@@ -103,10 +103,10 @@ def spec_of(folder: Path) -> dict:
     Raises a `UserError` where they are not of the run that the folder is named after,
     `Unreadable` where they cannot be read now."""
     path = folder/'spec.json'
-    try: facts = read_sealed(path)
+    try: facts = read_checked_json(path)
     except FileNotFoundError as e: raise UserError(f'{path} is missing; the table that the run belongs to writes it anew.') from e
     try:
-        right = plausible(facts) and spec_hash(facts['run']) == FOLDER.fullmatch(folder.name)[2]
+        right = is_valid_spec(facts) and spec_hash(facts['run']) == FOLDER.fullmatch(folder.name)[2]
         if right: summary(Stored(folder, facts, []))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError): right = False
     if not right:
@@ -117,7 +117,7 @@ def spec_of(folder: Path) -> dict:
 def history_of(folder: Path) -> list[dict]:
     "What was measured after each epoch, as far as it makes sense. Raises `Unreadable` where it cannot be read now."
     path = folder/'history.csv'
-    try: return parsed(path.read_text(encoding='utf-8'))
+    try: return parse_history(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError, TypeError, AttributeError, csv.Error): return []
     except OSError as e: raise Unreadable(cannot_read(path, e)) from e
 
@@ -218,7 +218,7 @@ def _sources(s: Stored) -> tuple[list[str], list[str]]:
     "Fingerprints of the surrogates that a run was tested on, and a sentence for each file that may name more."
     found, hidden = [], [f'what {s.folder.name} needs is not known: {s.problem}'] * bool(s.problem)
     for path in evaluation_files(s.folder):
-        try: e = read_sealed(path).get('evaluation')
+        try: e = read_checked_json(path).get('evaluation')
         except UserError as error: hidden.append(f'what {s.folder.name} was tested on is not known: {error}')
         else: found += [e['source']] if isinstance(e, dict) and isinstance(e.get('source'), str) else []
     return found, hidden
@@ -271,7 +271,7 @@ def shown(s: Stored) -> str:
     if s.problem or s.no_history: told['problem'] = s.problem or s.no_history
     lines = [[k, plain_text(v)] for k, v in told.items()]
     for path in evaluation_files(s.folder):
-        try: result = read_sealed(path)['result']
+        try: result = read_checked_json(path)['result']
         except Unreadable: lines.append([path.stem, 'unreadable'])
         except (UserError, KeyError): lines.append([path.stem, 'damaged'])
         else: lines.append([path.stem, _accuracy(result) if consistent(result) else 'damaged'])
@@ -299,14 +299,14 @@ def damages(s: Stored) -> list[str]:
         found.append(f'history.csv of {folder.name} has {len(s.history)} of {s.epochs} epochs')
     for path in evaluation_files(folder):
         try:
-            if not _is_evaluation(path, read_sealed(path)):
+            if not _is_evaluation(path, read_checked_json(path)):
                 found.append(f'{path} is of another evaluation, or its numbers contradict each other')
         except UserError as e: found.append(str(e))
     return found
 
 
 def _checkpoint_damages(s: Stored, path: Path, holds: tuple[str, ...]) -> list[str]:
-    saved, weights = read(path, s.id, *holds), s.facts.get('weights', {})
+    saved, weights = read_checkpoint(path, s.id, *holds), s.facts.get('weights', {})
     if path.stem in weights and fingerprint_of(saved['model']) != weights[path.stem]:
         raise Damaged(path, 'holds other weights than those that spec.json names')
     if path.stem == 'last' and s.history and 'history' in saved and not _agree(saved['history'], s.history):

@@ -12,7 +12,7 @@ import csv, math
 from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
-from .runs import parsed
+from .runs import parse_history
 
 # %% ../../nbs/lib/92_schemas.ipynb #0ce55d0c
 Name = Annotated[str, Meta(pattern=r'^(\S+\.)?\w+$', max_length=300)]             # as a piece declares it, or with its module where it is from outside
@@ -189,7 +189,7 @@ def wrong_form(
             raise ValueError('the history is no plain text')
         names = found['history'].partition('\n')[0].split(',')
         if len(names) != len(set(names)): raise ValueError('the history has two columns of one name')
-        lines = parsed(found['history'])
+        lines = parse_history(found['history'])
         check_plain(lines, '$.history')
         export = msgspec.convert(found | {'history': lines}, Export)
     except csv.Error as e: return f'its history is no table ({e})'

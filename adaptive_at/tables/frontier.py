@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from ..data import datasets
 from ..base.errors import UserError, nearly
-from ..base.files import replacing
+from ..base.files import atomic_write
 from .warnings import of_facts
 from ..evaluation import AutoAttack, Clean, Column, evaluation, wilson
-from ..figures import MARKERS, PALETTE, look, number, styled, tidy
+from ..figures import MARKERS, PALETTE, figure_style, number, styled, tidy
 from ..networks import network
 from .parameters import Parameters, TABLES, about, listed
 from .plan import Plan, Session
 from ..training import Run
-from ..jobs.pool import side_by_side
+from ..jobs.pool import run_jobs
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -71,7 +71,7 @@ def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataF
     missing = [(t, name) for t in found.values() for name in ('natural', 'AA') if not t.plan.store.verdicts(t.run, _evaluation(t, session, name))]
     if missing:
         data = datasets.load(next(iter(found.values())).info.name, session.parameters.data_root, session.device)
-        side_by_side([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell,
+        run_jobs([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell,
                      names=[f'evaluation of {t.label} ({name})' for t, name in missing])
     lines = []
     for i, t in found.items():
@@ -141,7 +141,7 @@ def draw(
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     error = lambda accuracy: (100 - accuracy).clip(lower=0.1)  # on a scale of errors, 98 and 99% are as far apart as 96 and 98
-    with look():
+    with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout='constrained', sharey=True, width_ratios=(1.4, 1))
         for (paper, part), colour, marker in zip(frame.groupby('paper', sort=False), cycle(PALETTE), cycle(MARKERS)):
             bars = dict(yerr=(part.AA - part.AA_low, part.AA_high - part.AA), fmt=marker, ms=6, mec='white', mew=0.6, color=colour, ecolor=(*colour, 0.18), elinewidth=1, lw=0, zorder=3)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COMMON', 'ABOUT', 'TAKEN', 'COLUMN_ALIASES', 'TABLES', 'Parameter', 'checked', 'listed', 'chosen',
-           'printed', 'about', 'Parameters', 'start', 'refuse_unknown']
+           'printed', 'about', 'Parameters', 'check_parameters', 'refuse_unknown']
 
 # %% ../../nbs/lib/09_parameters.ipynb #56de0f6f
 import ast, csv, re, shlex, tempfile, time
@@ -222,7 +222,7 @@ def _flag(value: Any) -> str:
     return '-r' if isinstance(value, str) and (value in ('True', 'False', 'None') or not isinstance(_number(value), str)) else '-p'
 
 
-def start(
+def check_parameters(
     table: str,                      # e.g. 'table1_daat'
     namespace: dict[str, Any]        # the notebook's globals()
 ) -> Parameters:

@@ -120,7 +120,7 @@ class Process:
                 return call(subject, *args)
             return said
         runs.train, runs.evaluate = announced("train", runs.train), within(2, announced("evaluate", runs.evaluate))
-        Store._save, runs.sealed = within(1, Store._save), within(1, runs.sealed)
+        Store._save, runs.write_checkpoint = within(1, Store._save), within(1, runs.write_checkpoint)
         tables.Results.write = within(3, tables.Results.write)
 
     def _armed(self, kill):

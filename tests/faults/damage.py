@@ -112,9 +112,9 @@ def damaged(bases: Bases, state: str, name: str, fault: str, outputs: Path, rng:
     if name == "radius.npz":   # only figures read it
         from adaptive_at.store.runs import Store
         from .bench import FAULTY, parameters
-        from adaptive_at.tables.parameters import start
-        from adaptive_at.tables.plan import Plan, settle
-        with contextlib.redirect_stdout(Said([])): run = Plan(FAULTY, settle(start("table1_daat", parameters(outputs, METHOD)))).blocks[0].runs[METHOD][0]
+        from adaptive_at.tables.parameters import check_parameters
+        from adaptive_at.tables.plan import Plan, open_session
+        with contextlib.redirect_stdout(Said([])): run = Plan(FAULTY, open_session(check_parameters("table1_daat", parameters(outputs, METHOD)))).blocks[0].runs[METHOD][0]
         try: Store(outputs/"runs").radius(run)
         except UserError as e: said.append(str(e))
         else: return "", "a damaged bank was read"
