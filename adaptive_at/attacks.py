@@ -183,7 +183,7 @@ class PGD:
     start: UniformStart|NormalStart|CleanStart = UniformStart()
     mode: str = 'eval'                    # batch norm: 'eval' (TRADES, MART, FAT, DAAT), or 'train' (Madry, Rice), which moves the running statistics
     success: str = 'last'                 # or 'any'
-    look: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
+    check_every: ClassVar[int] = 10              # with 'any': steps between two looks at who is broken; changes the time it takes, and nothing else
 
     def __post_init__(self):
         one_of(self, mode=MODES, success=('last', 'any'))
@@ -219,7 +219,7 @@ class PGD:
             grad, logits = gradient(model, x_adv, self.loss, target)
             broken = misclassified(logits, y, x)
             x_adv = torch.where(broken, x_adv, self.step(x_adv, grad, x, eps, noise, t))
-            if (t + 1) % self.look == 0 and self.mode == 'eval':   # in train mode they would notice: the batch is normalised as a whole
+            if (t + 1) % self.check_every == 0 and self.mode == 'eval':   # in train mode they would notice: the batch is normalised as a whole
                 ends[place], left = x_adv, (~broken).flatten().nonzero()[:, 0]
                 if not len(left): return ends
                 x_adv, x, y, target, eps, noise, place = (v[left] for v in (x_adv, x, y, target, eps, noise, place))

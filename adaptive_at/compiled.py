@@ -74,7 +74,7 @@ def compiled(
     shape: tuple[int, ...],   # of a full batch [B,C,H,W]
     mode: str|None,           # batch norm in the attack, 'eval' or 'train'; None: there is no attack
     lowered: bool = False,    # bf16?
-    tell: Callable[[str], None] = print
+    report_line: Callable[[str], None] = print
 ) -> Iterator[str]:           # the path that is taken: 'compiled', or 'eager' where that failed
     "Full batches go through compiled graphs."
     kind = next(model.parameters()).device
@@ -87,7 +87,7 @@ def compiled(
             learnt = _graph(model, x, 'train', True, lowered)
     except Exception as e:   # a compiler that is missing, an operator that it does not know, ...: dozens of types
         torch.compiler.reset()
-        tell(f'not compiled, the plain path is taken: {type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}')
+        report_line(f'not compiled, the plain path is taken: {type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}')
         yield 'eager'
         return
     eager = model.forward
@@ -110,11 +110,11 @@ def execution_path(
     model: nn.Module,
     images: int,        # that it trains on
     shape: tuple[int, ...],  # of an image
-    tell: Callable[[str], None] = print
+    report_line: Callable[[str], None] = print
 ):                      # context that yields 'compiled' or 'eager'
     "The execution path of a run: the same whenever it is resumed on the same kind of machine."
     if not pays(run, images, next(model.parameters()).device): return _eager()
-    return compiled(model, (run.training.batch, *shape), getattr(run.method.attack, 'mode', None), run.training.precision == 'bf16', tell)
+    return compiled(model, (run.training.batch, *shape), getattr(run.method.attack, 'mode', None), run.training.precision == 'bf16', report_line)
 
 
 def pays(run, images: int, device: torch.device) -> bool:

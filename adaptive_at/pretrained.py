@@ -175,7 +175,7 @@ def scored(
     data: Dataset,
     examples: int = 0,             # class-balanced; 0: all
     seed: int = 0,
-    tell: Callable[[str], None] = print  # told what is to be said of an accuracy
+    report_line: Callable[[str], None] = print  # told what is to be said of an accuracy
 ) -> pd.DataFrame:                 # per column: accuracy, its interval, n, and what is to be said of it
     "Accuracy in each column, computed as the tables do, and with their warnings."
     results = {}
@@ -185,5 +185,5 @@ def scored(
         low, high = interval(result)
         warning = '; '.join(doubts(label, columns, results))
         lines[label] = {'accuracy': result['accuracy'], 'low': low, 'high': high, 'n': result['n'], 'warning': warning}
-        if warning: tell(f'⚠ {label}: {warning}.')
+        if warning: report_line(f'⚠ {label}: {warning}.')
     return pd.DataFrame.from_dict(lines, orient='index')

@@ -241,8 +241,8 @@ def train(
     data: Dataset,                            # on the state's device
     state: State,                             # new, or as last saved
     save: Callable[[State], None] = lambda state: None,  # called after every epoch
-    tell: Callable[[str], None] = print,      # one line per epoch
-    due: Callable[[], bool] = lambda: False,  # asked after every other batch: shall it be saved?
+    report_line: Callable[[str], None] = print,      # one line per epoch
+    should_save: Callable[[], bool] = lambda: False,  # asked after every other batch: shall it be saved?
     team: SingleProcess = SINGLE_PROCESS                       # the processes that train it together; each calls `train`
 ) -> State:
     "Train to the end of the run."
@@ -265,7 +265,7 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == 'bf16'):
                 state.total += train_step(method, model, bank, state.optimiser, batch, RandomStream(key(stream, 'step'), batch.index), team)
             state.batch = i + 1
-            if state.batch < steps and team.agreed(due()):
+            if state.batch < steps and team.agreed(should_save()):
                 state.seconds = time.perf_counter() - began
                 save(state)
         loss = float(state.total) / steps
@@ -286,7 +286,7 @@ def train(
         if state.epoch % snapshot_every(t.epochs) == 0: state.snapshots.append(bank.eps.half().cpu())
         state.history.append(entry | {'seconds': round(time.perf_counter() - began, 3)})
         save(state)
-        tell(progress(run, state.history[-1]))
+        report_line(progress(run, state.history[-1]))
     return state
 
 

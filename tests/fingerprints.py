@@ -68,7 +68,7 @@ def measured(name):
         if hasattr(state.bank, "head"):
             state.bank.head.double().register_forward_hook(lambda module, args, out: out.float())
             with torch.no_grad(): state.bank.head.weight.mul_(SURE)
-        train(run, data, state, tell=lambda line: None)
+        train(run, data, state, report_line=lambda line: None)
     return {"versions": dict(sorted(versions(to_spec(run)).items())), "losses": [entry["loss"] for entry in state.history]}
 
 

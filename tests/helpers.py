@@ -93,7 +93,7 @@ def robust_digits(eps=0.15):
     data = digits()
     run = Run("digits", data.info.identity, OneLayer(), at(eps, steps=4), Training(epochs=10, batch=64), Monitor(PGD(eps, 1), eps, examples=10, every=10),
               train_examples=600)
-    return train(run, data, State(run, data), tell=lambda line: None).model.eval()
+    return train(run, data, State(run, data), report_line=lambda line: None).model.eval()
 
 
 # What a store holds

@@ -102,7 +102,7 @@ def test_training_and_evaluation_ask_nothing_of_an_attack_s_arguments(monkeypatc
     monkeypatch.setattr(attacks, "check_batch", lambda *args: asked.append(args))
     data = digits()
     run = Run("digits", data.info.identity, NarrowResNet(width_factor=4), at(0.1, steps=1), Training(epochs=1, batch=50), Monitor(PGD(0.1, 1), 0.1, examples=10), train_examples=100)
-    model = train(run, data, State(run, data), tell=lambda line: None).model
+    model = train(run, data, State(run, data), report_line=lambda line: None).model
     evaluate(evaluation(WhiteBox(PGD(0.05, 2), 0.1), "", "", examples=20), model, data)
     assert not asked
     PGD(0.02, 1)(MODEL, X, Y, 0.1)

@@ -415,7 +415,7 @@ def test_closing_ranks_saves_passes_and_changes_no_adversary(restarts, loss, mon
     whole = PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream)
     found = {}
     for look in (1, 2, 5, 12, 1000):
-        monkeypatch.setattr(PGD, "look", look)
+        monkeypatch.setattr(PGD, "check_every", look)
         assert torch.equal(PGD(0.03, 12, loss, success="any")(model, x, y, eps, stream), whole)   # each example with its own radius
         images.clear()
         found[look] = *restarted(PGD(0.03, 12, loss, success="any"), model, x, y, 0.05, stream, restarts), sum(images)
@@ -430,7 +430,7 @@ def test_closing_ranks_saves_passes_and_changes_no_adversary(restarts, loss, mon
 @pytest.mark.parametrize("attack", [*(make(success=s) for s in ("last", "any") for make in (partial(PGD, 0.03, 4), partial(PGD, 0.03, 4, KL(), NormalStart(0.01)), partial(RandomTargetPGD, 0.03, 4))),
                                     FriendlyPGD(0.03, 4, omega=0.01)])
 def test_restarts_side_by_side_are_those_one_by_one(attack, monkeypatch):
-    monkeypatch.setattr(PGD, "look", 2)
+    monkeypatch.setattr(PGD, "check_every", 2)
     model, x, y = wavy(40, classes=4)
     stream, sizes = noise(40), []
     model.conv.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -451,14 +451,14 @@ def test_everybody_may_be_broken_at_once():
     attack = PGD(0.03, 30, start=CleanStart(), success="any")
     calls = []
     model.conv.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    assert torch.equal(attack(model, x, y, 0.1, noise(12)), x) and calls == [12] * PGD.look
+    assert torch.equal(attack(model, x, y, 0.1, noise(12)), x) and calls == [12] * PGD.check_every
 
 
 def test_ranks_stay_open_where_the_batch_is_normalised_as_a_whole(monkeypatch):
     model, x, y = narrow(classes=3), numbers(12, 1, 8, 8), labels(12, 3)
     ends = []
     for look in (1, 1000):
-        monkeypatch.setattr(PGD, "look", look)
+        monkeypatch.setattr(PGD, "check_every", look)
         ends.append(PGD(0.03, 5, mode="train", success="any")(model, x, y, 0.1, noise(12)))
     assert torch.equal(*ends)
 

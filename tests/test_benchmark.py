@@ -93,7 +93,7 @@ def test_all_parts_at_a_tiny_size(bench, monkeypatch):
     monkeypatch.setattr(benchmark, "ceilings", lambda batch, device, precision: {name: (lambda: torch.ones(64).sum(), 1e6) for name in ("matrix product", "convolution")})
     monkeypatch.setattr(benchmark, "memory", lambda bench: [])           # a process of its own: below
     monkeypatch.setattr(benchmark, "autoattack", lambda bench, model: [])  # seconds: test_evaluation.py has the equality
-    found = write(benchmark.measure(bench, tell=lambda line: None), bench)
+    found = write(benchmark.measure(bench, report_line=lambda line: None), bench)
     assert set(found.part) == set(PARTS) - {"autoattack", "bf16"}
     steps = found[(found.part == "steps") & (found.clock == "cpu") & (found.metric == "ratio")]
     assert {(line.way, line.precision, line.reference) for line in steps.itertuples()} >= {
@@ -120,7 +120,7 @@ def test_the_steps_can_be_compiled_too(bench, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, **options, backend="aot_eager"))
     monkeypatch.setattr(benchmark, "ceilings", lambda batch, device, precision: {})
     monkeypatch.setattr(benchmark, "loop_step", lambda *args, **options: lambda: None)
-    found = benchmark.steps(replace(bench, compile=True, precisions=("fp32",)), 6, tell=lambda line: None)
+    found = benchmark.steps(replace(bench, compile=True, precisions=("fp32",)), 6, report_line=lambda line: None)
     assert {"AT, ours, compiled", "TRADES, ours, compiled"} <= {line.way for line in found}
 
 
@@ -134,7 +134,7 @@ def test_a_part_that_is_not_measured_stays(bench):
 
 def test_a_library_that_is_missing_is_named(bench, monkeypatch):
     monkeypatch.setattr(other_libraries, "find_spec", lambda name: None)
-    lines = benchmark.attacks(bench, narrow().eval(), tell=lambda line: None)
+    lines = benchmark.attacks(bench, narrow().eval(), report_line=lambda line: None)
     needs = {line.way: line.note for line in lines if line.note}
     assert needs["PGD-20, torchattacks"] == "needs torchattacks: pip install 'adaptive_at[bench]'" and "foolbox" in needs["PGD-100x2, foolbox"]
     assert {line.way for line in lines if line.n} == {"PGD-20, ours", "PGD-100x2, ours", "PGD-100x2, ours, any iterate"}

@@ -47,7 +47,7 @@ def kept(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("outputs")
     run(TABLE, preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="none", rows="Natural", columns="clean", outputs=str(outputs))
     store = Store(outputs/"runs")
-    for r in (alone(7), alone(8, start=alone(9))): store.train(r, digits(), tell=lambda line: None)
+    for r in (alone(7), alone(8, start=alone(9))): store.train(r, digits(), report_line=lambda line: None)
     store.evaluate(alone(7), clean(store), digits())
     return outputs
 
@@ -164,8 +164,8 @@ def test_prune_keeps_a_run_that_is_being_evaluated(outputs, capsys):
 
 def test_prune_keeps_what_figures_and_stopped_commands_need(tmp_path, capsys):
     table = replace(TABLE, figures={"fig3": FigureInputs(("Enlarged DAAT",))})
-    def command(tell=lambda line: None, **changes):
-        execute(Plan(table, open_session(check_parameters(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", rows="Natural", columns="clean", outputs=str(tmp_path)) | changes))), tell)
+    def command(report_line=lambda line: None, **changes):
+        execute(Plan(table, open_session(check_parameters(TABLE.name, dict(preset="quick", device="cpu", epochs=1, train_examples=60, test_examples=20, figures="fig3", rows="Natural", columns="clean", outputs=str(tmp_path)) | changes))), report_line)
     def stop(line):
         if line.endswith(": trained"): raise KeyboardInterrupt
     with pytest.raises(Stopped): command(stop)
@@ -197,7 +197,7 @@ def test_an_exported_run_is_imported_whole(outputs, exported, tmp_path, capsys):
     assert theirs.finished(alone(7)) and not theirs.train(alone(7), digits()) and theirs.facts(alone(7)) == mine.facts(alone(7)) and theirs.history(alone(7)) == mine.history(alone(7))
     assert theirs.verdicts(alone(7), clean(mine)) == mine.verdicts(alone(7), clean(mine))
     assert {k: (v.dtype, v.tobytes()) for k, v in theirs.radius(alone(7)).items()} == {k: (v.dtype, v.tobytes()) for k, v in mine.radius(alone(7)).items()}
-    for which in ("last", "best"): assert fingerprint(theirs.model(alone(7), digits(), which)) == mine.facts(alone(7))["weights"][which]
+    for checkpoint in ("last", "best"): assert fingerprint(theirs.model(alone(7), digits(), checkpoint)) == mine.facts(alone(7))["weights"][checkpoint]
     assert cli(capsys, "verify", "--outputs", tmp_path/"theirs")[0] == 0
     assert "in the store already" in sentence(capsys, "import", exported, "--outputs", tmp_path/"theirs")
     again = tmp_path/"again.safetensors"
@@ -306,8 +306,8 @@ def test_plain_weights_are_scored_as_the_tables_score_them(outputs):
 
 def test_our_own_export_is_scored_as_the_run_is(outputs, exported):
     store, info = Store(outputs/"runs"), digits().info
-    for which in ("last", "best"):
-        ours = store.model(alone(7), digits(), which)
-        loaded = plain(exported, NarrowResNet(width_factor=4), info, checkpoint=which)
+    for checkpoint in ("last", "best"):
+        ours = store.model(alone(7), digits(), checkpoint)
+        loaded = plain(exported, NarrowResNet(width_factor=4), info, checkpoint=checkpoint)
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), ours.state_dict().values(), strict=True))
     with pytest.raises(UserError, match="checkpoint is 'worst'"): plain(exported, NarrowResNet(width_factor=4), info, checkpoint="worst")

@@ -45,7 +45,7 @@ def run(method, epochs=2, batch=8, precision="fp32"):
 def losses(r, data, how, **options):
     with threads(1):
         state = State(r, data)
-        with how(r, state) as taken: train(r, data, state, tell=lambda line: None, **options)
+        with how(r, state) as taken: train(r, data, state, report_line=lambda line: None, **options)
     return [entry["loss"] for entry in state.history], state, taken
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_built_again(plain_graphs):
         state = State(r, data)
         with as_compiled(r, state):
             before = dict(counters["stats"])
-            train(r, data, state, save=lambda s: built.append(dict(counters["stats"])), tell=lambda line: None)
+            train(r, data, state, save=lambda s: built.append(dict(counters["stats"])), report_line=lambda line: None)
             with torch.enable_grad(): state.model.eval(), gradient(state.model, numbers(8, 1, 5, 5).to(memory_format=torch.channels_last), CrossEntropy(), labels(8, 3))
             assert before["unique_graphs"] == 2 and {b["unique_graphs"] for b in [*built, counters["stats"]]} == {2}
 
@@ -129,7 +129,7 @@ def test_a_graph_that_fails_or_errs_is_not_used(kind, says, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken(kind))
     model, lines = narrow(width=8), []
     before = fingerprint(model)
-    with compiled(model, (4, 1, 8, 8), "eval", tell=lines.append) as taken:
+    with compiled(model, (4, 1, 8, 8), "eval", report_line=lines.append) as taken:
         assert taken == "eager" and not {"forward", "imaged"} & vars(model).keys() and fingerprint(model) == before
         gradient(model, numbers(4, 1, 8, 8), CrossEntropy(), labels(4, 10))
     assert len(lines) == 1 and says in lines[0] and "the plain path is taken" in lines[0] and "\n" not in lines[0]
@@ -156,7 +156,7 @@ def test_the_rule_is_a_gpu_a_large_network_and_a_long_run(monkeypatch):
 
 def test_a_network_that_is_not_safe_in_channels_last_is_not_compiled_on_a_cpu(plain_graphs):
     told = []
-    with compiled(narrow(width=4), (4, 1, 8, 8), "eval", tell=told.append) as taken: assert taken == "eager"
+    with compiled(narrow(width=4), (4, 1, 8, 8), "eval", report_line=told.append) as taken: assert taken == "eager"
     assert not plain_graphs and "not safe in channels_last" in told[0]
 
 
@@ -170,13 +170,13 @@ def test_a_graph_that_is_right_at_clean_images_alone_is_not_used(monkeypatch):
         return graph
     monkeypatch.setattr(torch, "compile", compile_)
     told = []
-    with compiled(narrow(width=8), (4, 1, 8, 8), "eval", tell=told.append) as taken: assert taken == "eager"
+    with compiled(narrow(width=8), (4, 1, 8, 8), "eval", report_line=told.append) as taken: assert taken == "eager"
     assert "ArithmeticError" in told[0]
 
 
 def test_dropout_that_counts_its_calls_is_not_compiled(plain_graphs):
     model, told = NETWORKS["smallcnn"].build(10, 1).train(), []
-    with compiled(model, (2, 1, 28, 28), "eval", tell=told.append) as how: assert how == "eager"
+    with compiled(model, (2, 1, 28, 28), "eval", report_line=told.append) as how: assert how == "eager"
     assert not plain_graphs and "dropout" in told[0]
     with compiled(NETWORKS["mnistcnn"].build(10, 1), (2, 1, 28, 28), "eval") as how: assert how == "compiled"   # its dropout drops nothing
 
@@ -188,11 +188,11 @@ def test_a_killed_run_goes_on_the_same_way_to_the_same_weights(tmp_path, monkeyp
     monkeypatch.setattr(module, "pays", lambda run, images, device: True)
     r, data = run(at(EPS, daat(EPS)), epochs=3), random_data(n=20)
     whole, part = Store(tmp_path/"whole"), Store(tmp_path/"part")
-    def tell(line):
+    def report_line(line):
         if "epoch   1" in line: raise Killed
-    whole.train(r, data, tell=lambda line: None)
-    with pytest.raises(Killed): part.train(r, data, tell=tell)
-    part.train(r, data, tell=lambda line: None)
+    whole.train(r, data, report_line=lambda line: None)
+    with pytest.raises(Killed): part.train(r, data, report_line=report_line)
+    part.train(r, data, report_line=lambda line: None)
     assert [m["path"] for m in part.facts(r)["made with"]] == ["compiled"] and part.facts(r)["weights"] == whole.facts(r)["weights"]
     assert same(part.model(r, data).state_dict(), whole.model(r, data).state_dict())
 
@@ -200,20 +200,20 @@ def test_a_killed_run_goes_on_the_same_way_to_the_same_weights(tmp_path, monkeyp
 @pytest.mark.parametrize("older", [False, True])
 def test_a_changed_path_is_recorded_and_told(tmp_path, monkeypatch, plain_graphs, older):
     r, data, store = run(at(EPS), epochs=2), random_data(n=20), Store(tmp_path)
-    def tell(line):
+    def report_line(line):
         if "epoch   1" in line: raise Killed
-    with pytest.raises(Killed): store.train(r, data, tell=tell)
+    with pytest.raises(Killed): store.train(r, data, report_line=report_line)
     if older:   # as a run that was begun before paths were recorded
         from adaptive_at.store.checksums import write_checked_json
         facts = store.facts(r)
         write_checked_json(store.folder(r)/"spec.json", facts | {"made with": [{k: v for k, v in facts["made with"][0].items() if k != "path"}]})
     else: monkeypatch.setattr(module, "pays", lambda run, images, device: True)
-    store.train(r, data, tell=lambda line: None)
+    store.train(r, data, report_line=lambda line: None)
     made = store.facts(r)["made with"]
     assert [m.get("path") for m in made] == ([None] if older else ["eager", "compiled"])
     results = object.__new__(Results)
     results.concerned, results.plan = {}, type("Plan", (), {"store": store})
-    assert ("continued on another execution path (eager, then compiled)" in results.concerns(r)) == (not older)
+    assert ("continued on another execution path (eager, then compiled)" in results.training_warnings(r)) == (not older)
 
 
 # --- the compiler itself ------------------------------------------------------------------------------------------------------------

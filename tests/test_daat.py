@@ -24,7 +24,7 @@ def banks():
     for name, method in methods.items():
         run = Run("digits", data.info.identity, NarrowResNet(width_factor=8), method, Training(epochs=6, batch=50), Monitor(PGD(0.05, 1), EPS, 10, 6, "val"), train_examples=300)
         with threads(1):
-            state = train(run, data, State(run, data), tell=lambda line: None)
+            state = train(run, data, State(run, data), report_line=lambda line: None)
         found[name] = {k: getattr(state.bank, k)[state.subset].numpy() for k in ("eps", "used", "realised")}
     return found
 

@@ -189,7 +189,7 @@ def test_clean_only_is_when_the_radius_is_0_at_any_length(epochs):
 def test_the_bank_follows_the_schedule():
     data = random_data()
     run = Run("random", "", NarrowResNet(width_factor=4), dra_finetune(8/255, steps=2), Training(epochs=6, batch=8, lr=0.01), Monitor(PGD(0.1, 1), 0.1, 4, every=6))
-    state = train(run, data, State(run, data), tell=lambda line: None)
+    state = train(run, data, State(run, data), report_line=lambda line: None)
     assert [h["mean_eps"] * 255 for h in state.history] == pytest.approx([2, 1.625, 1.25, 0.875, 0.5, 0], abs=1e-5)
     assert state.history[-1]["mean_realised"] == 0 < state.history[0]["mean_realised"]
 
@@ -249,7 +249,7 @@ def test_fine_tuning_starts_from_the_clean_runs_weights(tmp_path):
     clean = Run("random", "", NarrowResNet(width_factor=4), natural(), Training(epochs=2, batch=8), monitor)
     run = replace(clean, method=row.method, training=row.training, start=clean)
     store = Store(tmp_path)
-    store.train(run, data, tell=lambda line: None)
+    store.train(run, data, report_line=lambda line: None)
     start, end = (dict(store.model(r, data).named_parameters()) for r in (clean, run))
     assert store.finished(clean) and same(start, end) and run.id != replace(run, start=None).id   # lr 0: every weight, of all layers, is the clean run's
     assert not same(start, dict(clean.network.build(3, 1).named_parameters()))

@@ -332,7 +332,7 @@ def test_an_interval_over_seeds_covers_what_is_drawn():
 def test_a_difference_over_seeds_takes_images_with_images_and_seeds_with_seeds():
     "What `claims.csv` and `variants.csv` say of two rows with two seeds each; a row that was not run has no difference."
     told = {"a": ["1101", "1100"], "b": ["0101", "0000"], "c": []}
-    of = SimpleNamespace(by_seed=lambda block, row, column, which: [{"standing": text} for text in told[row]])
+    of = SimpleNamespace(by_seed=lambda block, row, column, checkpoint: [{"standing": text} for text in told[row]])
     a, b = (torch.stack([decode_verdicts(text) for text in told[row]]) for row in "ab")
     d = Results._difference(of, None, "a", "b", "AA", "")
     assert tuple(d.values()) == (*mean_interval(100 * (a.double() - b.double())), 4, 2) and d["difference"] == 37.5

@@ -325,7 +325,7 @@ def test_an_evaluation_and_a_run_check_once(monkeypatch):
     asked.clear()
     run = Run("random", data.info.identity, NarrowResNet(width_factor=4), at(0.1), Training(epochs=2, batch=8), Monitor(PGD(0.1, 1), 0.1))
     state = State(run, data)
-    train(run, data, state, tell=lambda line: None)
+    train(run, data, state, report_line=lambda line: None)
     assert [m for m, n in asked] == [state.model]
 
 

@@ -51,7 +51,7 @@ def test_it_draws_what_the_store_holds_and_trains_nothing(outputs):
     s = session(outputs)
     found = trained(s)
     assert sorted(t.label for t in found.values()) == ["Natural", "Standard AT"] and {t.table for t in found.values()} == {"table1_daat"}
-    frame = measure(found, s, tell=lambda line: None)
+    frame = measure(found, s, report_line=lambda line: None)
     assert {p.name for p in (outputs/"runs").iterdir()} == runs and set(frame.run) == set(found)
     assert (frame.AA <= frame.natural).all() and (frame.AA_low <= frame.AA).all() and (frame.AA <= frame.AA_high).all() and frame.front.any()
     draw(frame)

@@ -64,7 +64,7 @@ def shared(tmp_path_factory):
         return Plan(table, open_session(check_parameters(TABLE.name,
                                         dict(preset="quick", device="cpu", epochs=1, train_examples=60,
                                              test_examples=20, figures="fig3", outputs=str(outputs)))))
-    execute(plan(), tell=lambda line: None)
+    execute(plan(), report_line=lambda line: None)
     for path in outputs.glob("runs/*/spec.json"):   # as somebody who shares a run may write it
         facts = read_checked_json(path)
         made = [made | {"device": f"{n} {TAG}", "path": f"{n} {TAG}"} for n, made in enumerate(2 * facts["made with"])]

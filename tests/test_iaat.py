@@ -267,10 +267,10 @@ def test_runs_resume_bit_for_bit(method):
     data = random_data()
     run = Run("random", "", OneLayerAt5(), method, Training(epochs=4, batch=6), Monitor(PGD(0.1, 1), 0.1, examples=3, every=4))
     saved = {}
-    whole = train(run, data, State(run, data), save=lambda s: saved.update({s.epoch: copy.deepcopy(s.state_dict())}), tell=lambda line: None)
+    whole = train(run, data, State(run, data), save=lambda s: saved.update({s.epoch: copy.deepcopy(s.state_dict())}), report_line=lambda line: None)
     again = State(run, data)
     again.load_state_dict(saved[2])
-    train(run, data, again, tell=lambda line: None)
+    train(run, data, again, report_line=lambda line: None)
     assert same(whole.model.state_dict(), again.model.state_dict()) and torch.equal(whole.bank.eps, again.bank.eps)
 
 

@@ -459,7 +459,7 @@ def run_of(data, batch, network=Point(), epochs=2):
 
 def trained(r, data, **how):
     state = State(r, data)
-    return train(r, data, state, tell=lambda line: None, **how)
+    return train(r, data, state, report_line=lambda line: None, **how)
 
 
 def test_a_last_batch_of_one_image_joins_the_one_before(monkeypatch):
@@ -477,12 +477,12 @@ def test_a_last_batch_of_one_image_joins_the_one_before(monkeypatch):
 def test_it_goes_on_after_any_batch_to_the_same_weights():
     data = own(n=9)
     r, saved = run_of(data, 4), []
-    whole = trained(r, data, save=lambda state: saved.append(copy.deepcopy(state.state_dict())), due=lambda: True)
+    whole = trained(r, data, save=lambda state: saved.append(copy.deepcopy(state.state_dict())), should_save=lambda: True)
     assert [s["batch"] for s in saved] == [1, 0, 1, 0]
     for s in saved[:3]:
         state = State(r, data)
         state.load_state_dict(copy.deepcopy(s))
-        train(r, data, state, tell=lambda line: None)
+        train(r, data, state, report_line=lambda line: None)
         assert all(torch.equal(a, b) for a, b in zip(state.model.state_dict().values(), whole.model.state_dict().values()))
 
 

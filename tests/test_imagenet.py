@@ -312,7 +312,7 @@ def spec(data, **changes):
                           data.info.augment), **changes)
 
 
-def trained(run, data, save=lambda state: None): return train(run, data, State(run, data), save, tell=lambda line: None)
+def trained(run, data, save=lambda state: None): return train(run, data, State(run, data), save, report_line=lambda line: None)
 
 
 def equal(a, b):
@@ -331,7 +331,7 @@ def test_training_repeats_bit_for_bit_with_any_number_of_workers(root, monkeypat
     assert equal(state, trained(run, data))
     resumed = State(run, data)
     resumed.load_state_dict(saved[0])
-    assert equal(state, train(run, data, resumed, tell=lambda line: None))
+    assert equal(state, train(run, data, resumed, report_line=lambda line: None))
     assert not equal(state, trained(ds.replace(run, seed=1), data))
 
 

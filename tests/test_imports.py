@@ -61,10 +61,10 @@ class Crafted:
         if isinstance(text, str):
             self.spec["history"] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def weights(self, which, **changes):
-        self.tensors |= {f"{which}/{k}": v for k, v in changes.items()}
-        self.spec["weights"][which] = fingerprint_of({k.partition("/")[2]: v for k, v in self.tensors.items()
-                                                      if k.startswith(f"{which}/")})
+    def weights(self, checkpoint, **changes):
+        self.tensors |= {f"{checkpoint}/{k}": v for k, v in changes.items()}
+        self.spec["weights"][checkpoint] = fingerprint_of({k.partition("/")[2]: v for k, v in self.tensors.items()
+                                                      if k.startswith(f"{checkpoint}/")})
 
     def renamed(self):
         "Everything that is named after a hash gets its new name."
@@ -116,8 +116,8 @@ def tensor(name, change):
 
 def weights(change):
     def edit(crafted):
-        for which in ("last", "best"):
-            crafted.weights(which, **{"classifier.bias": change(crafted.tensors[f"{which}/classifier.bias"].clone())})
+        for checkpoint in ("last", "best"):
+            crafted.weights(checkpoint, **{"classifier.bias": change(crafted.tensors[f"{checkpoint}/classifier.bias"].clone())})
     return edit
 
 
@@ -127,7 +127,7 @@ def result(**values):
 
 
 def more_weights(crafted):
-    for which in ("last", "best"): crafted.weights(which, extra=torch.zeros(3))
+    for checkpoint in ("last", "best"): crafted.weights(checkpoint, extra=torch.zeros(3))
 
 
 def nested(value, depth):

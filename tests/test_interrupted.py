@@ -68,14 +68,14 @@ def test_a_run_goes_on_after_any_batch(name):
     data = random_data(n=20, side=9)
     run = Run("random", "", OneLayer3(), METHODS[name], Training(epochs=3, batch=8), Monitor(PGD(0.1, 1), 0.1, examples=4, every=2))
     saves = []
-    whole = train(run, data, State(run, data), lambda s: saves.append(written(s)), lambda line: None, due=lambda: True)
+    whole = train(run, data, State(run, data), lambda s: saves.append(written(s)), lambda line: None, should_save=lambda: True)
     assert [(s["epoch"], s["batch"]) for s in saves] == [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0)]
-    unasked = train(run, data, State(run, data), tell=lambda line: None)
+    unasked = train(run, data, State(run, data), report_line=lambda line: None)
     assert equal(unasked.state_dict(), whole.state_dict())   # looking changes nothing
     for saved in (saves[1], saves[3], saves[7]):
         again = State(run, data)
         again.load_state_dict(copy.deepcopy(saved))
-        assert equal(train(run, data, again, tell=lambda line: None).state_dict(), whole.state_dict()), (saved["epoch"], saved["batch"])
+        assert equal(train(run, data, again, report_line=lambda line: None).state_dict(), whole.state_dict()), (saved["epoch"], saved["batch"])
 
 
 class OneLayer3(OneLayer):
@@ -96,7 +96,7 @@ def numbers_of(store, run):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("kept"))
-    store.train(spec(), digits(), tell=lambda line: None)
+    store.train(spec(), digits(), report_line=lambda line: None)
     assert store.facts(spec())["best"]["epoch"] < 4
     return store
 
@@ -115,7 +115,7 @@ def killed_after(store, run, states, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "write_checkpoint", dying)
         m.setattr(Store, "every", -1.)
-        with pytest.raises(Killed): store.train(run, digits(), tell=lambda line: None)
+        with pytest.raises(Killed): store.train(run, digits(), report_line=lambda line: None)
 
 
 def test_a_killed_run_goes_on_inside_its_epoch(kept, tmp_path, monkeypatch):
@@ -124,9 +124,9 @@ def test_a_killed_run_goes_on_inside_its_epoch(kept, tmp_path, monkeypatch):
         killed_after(store, spec(), states, monkeypatch)
         with monkeypatch.context() as m:   # says where it would go on
             m.setattr(runs, "train", lambda *args: (_ for _ in ()).throw(Killed))
-            with pytest.raises(Killed): store.train(spec(), digits(), tell=said.append)
+            with pytest.raises(Killed): store.train(spec(), digits(), report_line=said.append)
         assert said[-1] == f"continuing after {where}"
-    store.train(spec(), digits(), tell=said.append)
+    store.train(spec(), digits(), report_line=said.append)
     assert numbers_of(store, spec()) == numbers_of(kept, spec())
     assert not (store.folder(spec())/"within.pt").exists()
 
@@ -136,7 +136,7 @@ def test_a_damaged_state_inside_an_epoch_is_set_aside(kept, tmp_path, monkeypatc
     killed_after(store, spec(), 6, monkeypatch)
     path = store.folder(spec())/"within.pt"
     path.write_bytes(path.read_bytes()[:-100])
-    store.train(spec(), digits(), tell=said.append)
+    store.train(spec(), digits(), report_line=said.append)
     assert said[0].startswith("within.pt of ") and "set aside as within.damaged" in said[0] and said[1] == "continuing after epoch 2 of 4"
     assert numbers_of(store, spec()) == numbers_of(kept, spec())
 
@@ -147,7 +147,7 @@ def test_the_best_weights_are_found_again_from_inside_an_epoch(states, kept, tmp
     killed_after(store, spec(), states, monkeypatch)
     best = store.folder(spec())/"best.pt"
     if best.exists(): best.write_bytes(b"")
-    store.train(spec(), digits(), tell=lambda line: None)
+    store.train(spec(), digits(), report_line=lambda line: None)
     assert numbers_of(store, spec()) == numbers_of(kept, spec())
 
 
@@ -157,7 +157,7 @@ def test_an_older_state_inside_an_epoch_is_not_used(kept, tmp_path, monkeypatch)
     old = (store.folder(spec())/"within.pt").read_bytes()
     killed_after(store, spec(), 3, monkeypatch)
     (store.folder(spec())/"within.pt").write_bytes(old)   # as if the process had died before it could remove it
-    store.train(spec(), digits(), tell=said.append)
+    store.train(spec(), digits(), report_line=said.append)
     assert said[0] == "continuing after epoch 1 of 4" and numbers_of(store, spec()) == numbers_of(kept, spec())
 
 
@@ -184,10 +184,10 @@ def test_ctrl_c_ends_the_step_and_saves(at, after, kept, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         interrupting(at, m)
         grace(60., m)
-        with pytest.raises(Stopped) as caught: store.train(spec(), digits(), tell=said.append)
+        with pytest.raises(Stopped) as caught: store.train(spec(), digits(), report_line=said.append)
     assert str(caught.value) == f"stopped; run the same command again, {store.folder(spec()).name} goes on after {after}" and caught.value._render_traceback_() == [str(caught.value)]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    store.train(spec(), digits(), tell=said.append)
+    store.train(spec(), digits(), report_line=said.append)
     assert f"continuing after {after}" in said and numbers_of(store, spec()) == numbers_of(kept, spec())
 
 
@@ -196,18 +196,18 @@ def test_ctrl_c_in_a_step_that_takes_too_long_keeps_the_last_checkpoint(kept, tm
     with monkeypatch.context() as m:
         interrupting(5, m, seconds=300)
         grace(0.1, m)
-        with pytest.raises(Stopped, match="goes on after epoch 1 of 4$"): store.train(spec(), digits(), tell=said.append)
-    store.train(spec(), digits(), tell=said.append)
+        with pytest.raises(Stopped, match="goes on after epoch 1 of 4$"): store.train(spec(), digits(), report_line=said.append)
+    store.train(spec(), digits(), report_line=said.append)
     assert "continuing after epoch 1 of 4" in said and numbers_of(store, spec()) == numbers_of(kept, spec())
 
 
 def test_ctrl_c_reaches_the_workers_and_what_they_say_is_heard(monkeypatch):
     monkeypatch.setattr(pool, "LONGEST", 60.)
-    def job(tell):
+    def job(report_line):
         with defer_interrupt(60.) as asked:
-            tell("begun")
+            report_line("begun")
             while not asked(): time.sleep(0.01)
-            tell("saved")
+            report_line("saved")
     said = []
     def heard(line):
         said.append(line)
@@ -349,7 +349,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_at_its_last_good_state(tmp_pa
         return step(replace(method, objective=Sharp()) if len(counted) == 9 else method, *args)   # the last step of the third epoch: its loss is a number
     monkeypatch.setattr(training, "train_step", spoilt)
     monkeypatch.setattr(Store, "every", -1.)
-    assert not store.train(good, digits(), tell=said.append)
+    assert not store.train(good, digits(), report_line=said.append)
     assert store.facts(good)["diverged"] == "weights or radii were not finite after epoch 3 of 4" and said[-1].startswith("diverged: ")
     saved = torch.load(store.folder(good)/"last.pt", weights_only=True)
     assert saved["epoch"] == 2 and all(v.isfinite().all() for v in saved["model"].values())
@@ -366,7 +366,7 @@ def test_a_state_that_is_spoilt_is_not_saved_inside_an_epoch(tmp_path, monkeypat
         return step(replace(method, objective=Sharp()) if len(counted) == 5 else method, *args)   # the second step of the second epoch
     monkeypatch.setattr(training, "train_step", spoilt)
     monkeypatch.setattr(Store, "every", -1.)
-    store.train(spec(), digits(), tell=lambda line: None)
+    store.train(spec(), digits(), report_line=lambda line: None)
     within = torch.load(store.folder(spec())/"within.pt", weights_only=True)
     assert (within["epoch"], within["batch"]) == (1, 1) and "diverged" in store.facts(spec())
 
@@ -411,7 +411,7 @@ def resumed(saved, run, data, seed, stop=None):
         saves.append(written(s))
         next(loader, None), torch.rand(3)
         if len(saves) == stop: raise Killed
-    try: return train(run, data, state, noted, lambda line: disturb(seed + 1), due=lambda: True).state_dict()
+    try: return train(run, data, state, noted, lambda line: disturb(seed + 1), should_save=lambda: True).state_dict()
     except Killed: return saves[-1]
 
 
@@ -420,7 +420,7 @@ def disturbed_twice(name):
     data = random_data(n=20, side=9)
     run = Run("random", "", OneLayer3(), METHODS[name], Training(epochs=3, batch=8), Monitor(PGD(0.1, 1), 0.1, examples=4, every=2), augment=CROP_FLIP)
     saves = []
-    whole = train(run, data, State(run, data), lambda s: saves.append(written(s)), lambda line: None, due=lambda: True)
+    whole = train(run, data, State(run, data), lambda s: saves.append(written(s)), lambda line: None, should_save=lambda: True)
     second = resumed(saves[1], run, data, 1, stop=3)   # from batch 2 of epoch 1 to batch 2 of epoch 2
     assert (second["epoch"], second["batch"]) == (1, 2)
     return resumed(second, run, data, 2), whole.state_dict()

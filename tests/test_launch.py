@@ -137,12 +137,12 @@ def test_the_job_with_the_longest_way_to_the_end_is_first():
 
 def test_a_job_does_not_wait_for_others_than_its_own(tmp_path):
     "A free worker takes the next one, though a job that was begun before still runs: here that one waits for it."
-    def until_written(tell):
+    def until_written(report_line):
         until = time.monotonic() + 30
         while not (tmp_path/"written").exists() and time.monotonic() < until: time.sleep(0.01)
-        tell("written" if (tmp_path/"written").exists() else "gave up")
-    def write(tell): (tmp_path/"written").touch()
-    said, first = [], Job(lambda tell: tell("first"), seconds=1.)
+        report_line("written" if (tmp_path/"written").exists() else "gave up")
+    def write(report_line): (tmp_path/"written").touch()
+    said, first = [], Job(lambda report_line: report_line("first"), seconds=1.)
     on_this_machine([first, Job(until_written, seconds=9.), Job(write, after=(first,))], 2, said.append)
     assert said == ["first", "written"]
 
@@ -159,8 +159,8 @@ def test_a_long_evaluation_is_a_job_of_its_own(tmp_path):
 
 def test_jobs_on_this_machine_run_in_processes_of_their_own_and_wait():
     said = []
-    first = Job(lambda tell: (time.sleep(0.3), tell(f"first {os.getpid()}")))
-    on_this_machine([first, Job(lambda tell: tell("other")), Job(lambda tell: tell("second"), after=(first,))], 3, said.append)
+    first = Job(lambda report_line: (time.sleep(0.3), report_line(f"first {os.getpid()}")))
+    on_this_machine([first, Job(lambda report_line: report_line("other")), Job(lambda report_line: report_line("second"), after=(first,))], 3, said.append)
     assert said[0] == "other" and said[2] == "second" and said[1].startswith("first ") and said[1] != f"first {os.getpid()}"
 
 
@@ -245,11 +245,11 @@ def test_a_rule_of_a_script_is_sent_with_its_source_to_a_cluster(ray, tmp_path):
 class Talks:
     "Work that says something all the time, and how many tasks are at work."
     def __init__(self, folder): self.folder = folder
-    def __call__(self, tell):
+    def __call__(self, report_line):
         own = self.folder/f"at-work-{os.getpid()}"
         own.touch()
         for _ in range(100):
-            tell(f"{len(list(self.folder.glob('at-work-*')))} at work")
+            report_line(f"{len(list(self.folder.glob('at-work-*')))} at work")
             time.sleep(0.05)
         own.unlink()
 
@@ -267,19 +267,19 @@ def test_tasks_that_talk_do_not_outnumber_the_cpus(ray, tmp_path):
 class Waits:
     "Work that ends when it is asked to."
     def __init__(self, saves): self.saves = saves
-    def __call__(self, tell):
+    def __call__(self, report_line):
         with defer_interrupt(60.) as asked:
-            tell("begun")
+            report_line("begun")
             while not (asked() and self.saves): time.sleep(0.01)
-            tell("saved")
+            report_line("saved")
 
 
 def interrupt(times, said):
     "Told lines, until `times` have begun; then as if Ctrl-C were pressed."
-    def tell(line):
+    def report_line(line):
         said.append(line)
         if said.count("begun") == times and line == "begun": os.kill(os.getpid(), signal.SIGINT)
-    return tell
+    return report_line
 
 
 def test_ctrl_c_lets_tasks_save_and_ends_those_that_wait(ray, tmp_path, monkeypatch):
@@ -305,7 +305,7 @@ class Interrupted:
     def opened(self, machine):
         if self.opening: raise KeyboardInterrupt
         return Job(self)
-    def __call__(self, tell): raise KeyboardInterrupt
+    def __call__(self, report_line): raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("opening", [True, False])
@@ -319,12 +319,12 @@ def test_a_process_that_is_interrupted_ends(opening, tmp_path, monkeypatch):
 def test_a_stopped_table_goes_on(ray, serial, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_jobs, "LONGEST", 60.)
     said, sent = [], []
-    def tell(line):
+    def report_line(line):
         said.append(line)
         if "epoch   2/4" in line and not sent:
             sent.append(line)   # before: the signal raises inside os.kill, and the other row's second epoch would stop the stopping
             os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(Stopped): execute(planned(tmp_path), tell)
+    with pytest.raises(Stopped): execute(planned(tmp_path), report_line)
     assert any(re.match(r"stopped; run the same command again, digits-\S+ goes on after ", line) for line in said), said
     execute(planned(tmp_path), said.append)
     assert contents(tmp_path) == serial
@@ -334,11 +334,11 @@ def test_a_stopped_table_goes_on(ray, serial, tmp_path, monkeypatch):
 
 class Fails:
     def __init__(self, error, *args): self.error, self.args = error, args
-    def __call__(self, tell): raise self.error(*self.args)
+    def __call__(self, report_line): raise self.error(*self.args)
 
 
 class Long:
-    def __call__(self, tell): time.sleep(300)
+    def __call__(self, report_line): time.sleep(300)
 
 
 class Picky(UserError):
@@ -353,7 +353,7 @@ def test_the_first_job_that_fails_ends_the_others(ray, tmp_path):
 
 
 class Dies:
-    def __call__(self, tell): os.kill(os.getpid(), signal.SIGKILL)
+    def __call__(self, report_line): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_task_that_always_dies_is_given_up(ray, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ COLUMNS = {"natural": Clean(), "FGSM": WhiteBox(FGSM(), EPS), "PGD-20": WhiteBox
 def said(model, columns=COLUMNS, examples=150):
     "What is told of a model, by column; a refusal counts."
     torch.manual_seed(0)
-    try: return dict(scored(model, columns, digits(), examples, tell=lambda line: None).warning)
+    try: return dict(scored(model, columns, digits(), examples, report_line=lambda line: None).warning)
     except UserError as e: return {"": str(e)}
 
 
@@ -69,7 +69,7 @@ def test_scored_prints_what_it_says_and_neighbours_are_compared(capsys):
     said = capsys.readouterr().out
     assert "⚠ PGD-10: zero gradients at 100% of the images" in said and not table.warning["natural"]
     columns = {"PGD-10": WhiteBox(PGD(EPS / 4, 10), EPS), "PGD-20, tiny steps": WhiteBox(PGD(1e-4, 20), EPS)}
-    assert "more steps help less than the fewer of PGD-10" in scored(natural(), columns, digits(), 150, tell=lambda line: None).warning["PGD-20, tiny steps"]
+    assert "more steps help less than the fewer of PGD-10" in scored(natural(), columns, digits(), 150, report_line=lambda line: None).warning["PGD-20, tiny steps"]
 
 
 def test_old_evaluations_say_nothing_new():
@@ -132,7 +132,7 @@ def test_a_surrogate_is_asked_as_well():
 
 
 def test_more_outputs_than_classes_are_judged_and_said():
-    table = scored(Answers(lambda z: nn.functional.pad(z, (0, 3), value=-9.)), {"natural": Clean()}, digits(), 40, tell=lambda line: None)
+    table = scored(Answers(lambda z: nn.functional.pad(z, (0, 3), value=-9.)), {"natural": Clean()}, digits(), 40, report_line=lambda line: None)
     assert table.accuracy["natural"] > 80 and "13 outputs for 10 classes" in table.warning["natural"]
 
 

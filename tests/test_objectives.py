@@ -180,7 +180,7 @@ def test_batch_norm_sees_clean_and_adversarial_images_once_each(objective, passe
     model = narrow().train()
     reference = copy.deepcopy(model)
     value(objective, model, x, x_adv, y)
-    for which in passes: reference({"clean": x, "adversarial": x_adv}[which])
+    for checkpoint in passes: reference({"clean": x, "adversarial": x_adv}[checkpoint])
     assert same(buffers(reference), buffers(model))
 
 

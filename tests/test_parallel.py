@@ -139,7 +139,7 @@ def test_stopped_inside_an_epoch_and_resumed_by_one_process(name, tmp_path):
     assert codes == [1, 1] and said.count("adaptive_at: ") == 1, said
     assert said.strip().splitlines()[-1] == f"adaptive_at: stopped; run the same command again, {run.slug}-{run.id} goes on after batch 5 of epoch 1 of {run.training.epochs}"
     told = []
-    assert Store(tmp_path/"runs").train(run, digits(), tell=told.append) and told[0] == f"continuing after batch 5 of epoch 1 of {run.training.epochs}"
+    assert Store(tmp_path/"runs").train(run, digits(), report_line=told.append) and told[0] == f"continuing after batch 5 of epoch 1 of {run.training.epochs}"
     equal(state_of(run, tmp_path), one_process(run), run)
     assert ["processes" in made for made in Store(tmp_path/"runs").facts(run)["made with"]] == [True, False]
 
@@ -152,7 +152,7 @@ def test_begun_by_one_process_and_resumed_by_three(tmp_path, monkeypatch):
         save(self, run, state, *rest)
         raise KeyboardInterrupt
     monkeypatch.setattr(Store, "_save", stop)
-    with pytest.raises(KeyboardInterrupt): store.train(run, digits(), tell=lambda line: None)
+    with pytest.raises(KeyboardInterrupt): store.train(run, digits(), report_line=lambda line: None)
     codes, said = job(run, tmp_path, size=3)
     assert codes == [0, 0, 0] and said.startswith("continuing after epoch 1 of 2"), said
     equal(state_of(run, tmp_path), expected, run)
@@ -170,12 +170,12 @@ def left_over():
 def test_a_process_that_dies_ends_the_job_with_a_sentence_and_a_good_checkpoint(tmp_path):
     "With torchrun itself. The other process says what happened, once, and the run goes on from the last epoch."
     run, told = spec(at(EPS), examples=1000, epochs=4), []
-    def tell(line):
+    def report_line(line):
         told.append(line)
         if len(told) == 1:
             second, = [p for p in psutil.Process().children(recursive=True) if p.environ().get("RANK") == "1"]
             second.kill()
-    text = refused(launched, run, 2, "digits", tmp_path, tmp_path, "cpu", tell)
+    text = refused(launched, run, 2, "digits", tmp_path, tmp_path, "cpu", report_line)
     name = f"{run.slug}-{run.id}"
     assert re.fullmatch(rf"process 1: its process was ended by SIGKILL, as the system does when memory runs out; (another process of this job has ended|the job was told to end, or one of its processes has ended); run the same command again, {name} goes on after epoch [1-3] of 4\.", text), text
     assert not left_over()
@@ -191,10 +191,10 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_a_good_checkpoint(
 def test_ctrl_c_stops_a_job_of_torchrun_after_a_step(tmp_path):
     "In a notebook or a terminal the signal reaches this process alone; the job saves, says so, and is gone."
     run, told = spec(at(EPS), examples=1000, epochs=30), []
-    def tell(line):
+    def report_line(line):
         told.append(line)
         if len(told) == 1: threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(Stopped) as stopped: launched(run, 2, "digits", tmp_path, tmp_path, "cpu", tell)
+    with pytest.raises(Stopped) as stopped: launched(run, 2, "digits", tmp_path, tmp_path, "cpu", report_line)
     name = f"{run.slug}-{run.id}"
     assert re.fullmatch(rf"stopped; run the same command again, {name} goes on after (batch \d+ of epoch|epoch) \d+ of 30", str(stopped.value))
     assert not [p for p in psutil.Process().children(recursive=True) if str(tmp_path) in " ".join(p.cmdline())]

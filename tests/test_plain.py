@@ -114,7 +114,7 @@ def test_our_own_export_brings_its_normalisation(tmp_path):
     data, spec = digits(), replace(NARROW, mean=(0.3,), std=(0.4,))
     run = Run("digits", data.info.identity, spec, at(0.1, steps=1), Training(epochs=1), Monitor(PGD(0.05, 1), 0.1, 20), train_examples=60)
     store = Store(tmp_path/"runs")
-    store.train(run, data, tell=lambda line: None)
+    store.train(run, data, report_line=lambda line: None)
     export(store.folder(run), tmp_path/"mine.safetensors")
     loaded, x = plain(tmp_path/"mine.safetensors", NARROW, data.info), numbers(4, 1, 8, 8)
     with torch.no_grad(): assert torch.equal(loaded(x), store.model(run, data)(x))

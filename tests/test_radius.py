@@ -416,7 +416,7 @@ class OneLayer5(OneLayer):
 def trained(method, precision="bf16"):
     run = Run("random", "", OneLayer5(), method, Training(epochs=2, batch=16, precision=precision), Monitor(PGD(EPS, 1), EPS, examples=1, every=3))
     data = random_data()
-    return train(run, data, State(run, data), tell=lambda line: None)
+    return train(run, data, State(run, data), report_line=lambda line: None)
 
 
 def floating(state): return [v for v in [*(getattr(state.bank, name) for name in state.bank.each), *state.model.state_dict().values()] if v.is_floating_point()]

@@ -190,7 +190,7 @@ def test_rows_that_only_some_blocks_have_may_be_asked_for():
 
 def test_jobs_find_what_every_optimiser_imports():
     said = []
-    def job(tell): tell(str("torch._dynamo" in sys.modules))
+    def job(report_line): report_line(str("torch._dynamo" in sys.modules))
     run_jobs([job, job], 2, said.append)
     assert said == ["True", "True"]
 
@@ -209,7 +209,7 @@ def test_a_small_run_fills_table_1(first):
     frame = results.frame
     assert [(l.row, l.checkpoint, l.column) for l in frame.itertuples()] == [(r, w, c) for r in results.plan.blocks[0].rows for w in ("best", "last") for c in ("natural", "PGD-20")]
     assert len(frame) == 124 and frame.value.notna().all() and frame.paper.notna().all() and frame.difference.isna().all()
-    def at(which): return frame[(frame.row == "SAAT_up(eps_max=14,rho=1.7)") & (frame.checkpoint == which)].paper.tolist()
+    def at(checkpoint): return frame[(frame.row == "SAAT_up(eps_max=14,rho=1.7)") & (frame.checkpoint == checkpoint)].paper.tolist()
     assert (at("best"), at("last")) == ([76.37, 56.31], [76.38, 53.86])
     assert counts[:2] == [0, 31 + 3 + 1 + 4 + 3 + 3]   # rows; training eps; natural; SAAT; and the networks with AT and SAAT, one of which is the block's own
     html = results.table().to_html()
@@ -236,8 +236,8 @@ def test_tables_2_and_3_find_what_table_1_has_trained(first):
     assert counts[:2] == [4, 4] and counts[2] == 8   # AT, SAAT_up and their AWP rows, natural and PGD-20
     third, counts = small("table3_saat", folder)
     assert counts == [8, 0, 16, 0]                   # one epoch: the last is the best
-    for results, which in ((second, "best"), (third, "last")):
-        assert list(dict.fromkeys(results.frame.row)) == list(table_2(0)) and set(results.frame.checkpoint) == {which}
+    for results, checkpoint in ((second, "best"), (third, "last")):
+        assert list(dict.fromkeys(results.frame.row)) == list(table_2(0)) and set(results.frame.checkpoint) == {checkpoint}
         assert results.frame.value.notna().all() and results.frame.paper.notna().all()
     assert third.frame.paper.tolist()[:2] == [83.89, 45.28] and third.frame.value.tolist() == second.frame.value.tolist()
 
@@ -271,7 +271,7 @@ def test_disparity_on_hand_made_numbers():
 class Stored:
     "Stands for results: fixed verdicts."
     def __init__(self, cells): self.cells = cells
-    def of(self, block, row, column, which="last"): return [{"standing": encode_verdicts(torch.tensor(v, dtype=torch.bool))} for v in self.cells[row, column, which]]
+    def of(self, block, row, column, checkpoint="last"): return [{"standing": encode_verdicts(torch.tensor(v, dtype=torch.bool))} for v in self.cells[row, column, checkpoint]]
 
 
 def test_disparity_of_a_row_and_its_interval():
@@ -291,5 +291,5 @@ def test_overfitting_is_best_minus_last(first, monkeypatch):
     assert frame["paper"].iloc[0] == "+7.31"   # 52.59 and 45.28
     told = {"best": [[1, 1, 1, 0] * 25], "last": [[1, 0, 0, 0] * 25]}
     stored = Stored({("AT", "PGD-20", w): v for w, v in told.items()})
-    monkeypatch.setattr(results, "of", lambda block, row, column, which: stored.of(block, row, column, which) if row == "AT" else [])
+    monkeypatch.setattr(results, "of", lambda block, row, column, checkpoint: stored.of(block, row, column, checkpoint) if row == "AT" else [])
     assert table1_saat.overfitting(results).data["best - last"].tolist() == ["<b>+50.0</b> [+40.2, +59.8]"]

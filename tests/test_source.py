@@ -55,7 +55,7 @@ def without_words(module, text):
         if isinstance(node, ast.arg): node.annotation = None
         if isinstance(node, ast.FunctionDef): node.returns = None
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call): node.exc.args = [ast.Constant("Another sentence.")]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "tell": node.args = [ast.Constant("Another line.")]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "report_line": node.args = [ast.Constant("Another line.")]
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
@@ -63,7 +63,7 @@ def test_other_words_are_the_same_digest(): assert digest(without_words) == dige
 
 
 @pytest.mark.parametrize("old, new", [
-    ("train_step", "one_step"), ("per_example", "radius_of_each"), ("scaled", "rescale"), ("Noise", "RandomStream"), ("Bank", "Memory"), ("_scrambled", "_mixed"), ("on_scale", "check_eps"),
+    ("train_step", "one_step"), ("per_example", "radius_of_each"), ("scaled", "rescale"), ("RandomStream", "Noise"), ("Bank", "Memory"), ("_scrambled", "_mixed"), ("check_eps", "on_scale"),
     ("subset", "chosen_examples"), ("gradient", "image_gradient"), ("overstep", "excess"), ("Calibrated", "WithHead"), ("perturbed", "with_perturbation"), ("watched", "followed_examples"),
 ])
 def test_another_name_is_the_same_digest(old, new):
@@ -128,10 +128,10 @@ def test_a_half_trained_run_of_other_code_is_refused_and_nothing_is_lost(tmp_pat
     spec, store = fingerprints.spec("daat"), Store(tmp_path/"runs")
     spec = replace(spec, dataset="digits", content=digits().info.identity, train_examples=32)
     def stop(line): raise KeyboardInterrupt
-    with pytest.raises(Stopped): store.train(spec, digits(), tell=stop)
+    with pytest.raises(Stopped): store.train(spec, digits(), report_line=stop)
     before = {p: p.read_bytes() for p in store.folder(spec).iterdir()}
     edit("adaptive_at.radius", "FLOOR = ", "FLOOR = 2 * ")
     with pytest.raises(UserError, match="was begun by other code.*Delete .* to start it anew, or go on with the code that began it"): store.train(spec, digits())
     assert all(p.read_bytes() == b for p, b in before.items() if p.name != "lock")
     edit("adaptive_at.radius", "FLOOR = 2 * ", "FLOOR = ")
-    assert store.train(spec, digits(), tell=lambda line: None)
+    assert store.train(spec, digits(), report_line=lambda line: None)

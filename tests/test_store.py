@@ -87,7 +87,7 @@ def tiny(seed=4):
 def kept(tmp_path_factory):
     "A store with two finished runs and one evaluation."
     store = Store(tmp_path_factory.mktemp("kept"))
-    for seed in (4, 5): store.train(tiny(seed), digits(), tell=lambda line: None)
+    for seed in (4, 5): store.train(tiny(seed), digits(), report_line=lambda line: None)
     store.evaluate(tiny(), clean(store), digits())
     assert store.history(tiny())[1]["test_robust"] == max(h["test_robust"] for h in store.history(tiny()))
     return store
@@ -99,7 +99,7 @@ def copied(kept, tmp_path):
     return Store(tmp_path/"runs")
 
 
-def clean(store, which="last"): return evaluation(Clean(), digits().info.identity, store.facts(tiny())["weights"][which], examples=50)
+def clean(store, checkpoint="last"): return evaluation(Clean(), digits().info.identity, store.facts(tiny())["weights"][checkpoint], examples=50)
 
 
 def numbers_of(store):
@@ -135,7 +135,7 @@ def flipped(path):
 def test_a_damaged_checkpoint_is_named_and_trained_again_to_the_same_weights(name, fault, kept, copied):
     path, said = copied.folder(tiny())/name, []
     fault(path)
-    again = copied.model(tiny(), digits(), path.stem, tell=said.append)
+    again = copied.model(tiny(), digits(), path.stem, report_line=said.append)
     assert fingerprint(again) == kept.facts(tiny())["weights"][path.stem]
     assert said[0].startswith(f"{name} of {path.parent.name} ") and "\n" not in said[0]
     assert fault is deleted or (f"set aside as {path.stem}.damaged" in said[0] and path.with_suffix(".damaged").exists())
@@ -147,9 +147,9 @@ def test_a_begun_run_goes_on_from_the_checkpoint_before(kept, tmp_path):
     store, said = Store(tmp_path), []
     def stop(line):
         if line.startswith("epoch   3/4"): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): store.train(tiny(), digits(), tell=stop)
+    with pytest.raises(KeyboardInterrupt): store.train(tiny(), digits(), report_line=stop)
     flipped(store.folder(tiny())/"last.pt")
-    assert store.train(tiny(), digits(), tell=said.append)
+    assert store.train(tiny(), digits(), report_line=said.append)
     assert "its checksum differs; it is set aside as last.damaged" in said[0] and said[1] == "continuing after epoch 2 of 4"
     assert numbers_of(store) == numbers_of(kept)
 
@@ -157,7 +157,7 @@ def test_a_begun_run_goes_on_from_the_checkpoint_before(kept, tmp_path):
 def test_without_any_good_checkpoint_the_run_starts_again(kept, copied):
     said = []
     for name in ("last.pt", "previous.pt"): truncated(copied.folder(tiny())/name)
-    copied.model(tiny(), digits(), tell=said.append)
+    copied.model(tiny(), digits(), report_line=said.append)
     assert [line.partition(" of ")[0] for line in said[:2]] == ["last.pt", "previous.pt"] and said[2].endswith("the run starts again")
     assert numbers_of(copied) == numbers_of(kept)
 
@@ -168,7 +168,7 @@ def test_a_damaged_bank_is_made_anew_without_training(fault, kept, copied):
     with pytest.raises(UserError, match="^radius.npz of .* run the same command again") as caught: copied.radius(tiny())
     assert "\n" not in str(caught.value)
     said = []
-    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert copied.train(tiny(), digits(), report_line=said.append) and said == ["continuing after epoch 4 of 4"]
     assert numbers_of(copied) == numbers_of(kept)
 
 
@@ -176,7 +176,7 @@ def test_an_altered_history_is_written_anew(kept, copied):
     path, said = copied.folder(tiny())/"history.csv", []
     path.write_text(path.read_text().replace("4,", "5,", 1))
     assert not copied.finished(tiny())
-    copied.train(tiny(), digits(), tell=said.append)
+    copied.train(tiny(), digits(), report_line=said.append)
     assert said[0].startswith("history.csv of ") and "made anew" in said[0] and numbers_of(copied) == numbers_of(kept)
 
 
@@ -213,7 +213,7 @@ def test_files_without_seals_are_read_as_they_are(kept, copied):
     (folder/"previous.pt").unlink()
     assert numbers_of(copied) == numbers_of(kept) and copied.verdicts(tiny(), clean(copied))["n"] == 50
     (folder/"history.csv").unlink()
-    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert copied.train(tiny(), digits(), report_line=said.append) and said == ["continuing after epoch 4 of 4"]
     assert numbers_of(copied) == numbers_of(kept)
 
 
@@ -233,11 +233,11 @@ def test_a_malicious_file_is_refused_and_not_executed(name, with_seal, kept, cop
     else:
         with open(path, "wb") as f: np.savez(f, eps=np.array([Payload(trap)], dtype=object))
     if with_seal: resealed(path)
-    if path.suffix == ".pt": copied.model(tiny(), digits(), path.stem, tell=said.append)
+    if path.suffix == ".pt": copied.model(tiny(), digits(), path.stem, report_line=said.append)
     else:
         with pytest.raises(UserError) as caught: copied.radius(tiny())
         said.append(str(caught.value))
-        copied.train(tiny(), digits(), tell=said.append)
+        copied.train(tiny(), digits(), report_line=said.append)
     assert said[0].startswith(f"{name} of ") and "cannot be read as plain" in said[0] and not trap.exists()
     assert numbers_of(copied) == numbers_of(kept) and not trap.exists()
 
@@ -279,7 +279,7 @@ def test_weights_that_cannot_be_loaded_now_stay_where_they_are(where, kept, copi
     for failure in FAILURES:
         with monkeypatch.context() as broken:
             broken.setattr(*where, failing(FAILURES[failure]))
-            refused_for_now(lambda: copied.model(tiny(), digits(), tell=print), "last.pt")
+            refused_for_now(lambda: copied.model(tiny(), digits(), report_line=print), "last.pt")
         assert files(copied) == before, failure
     assert fingerprint(copied.model(tiny(), digits())) == kept.facts(tiny())["weights"]["last"]
 
@@ -293,9 +293,9 @@ def test_a_state_that_cannot_be_loaded_now_stays_where_it_is(where, kept, copied
         if where[1] == "__init__" and failure in ("read", "copy", "disk"): continue   # nothing is read there
         with monkeypatch.context() as broken:
             broken.setattr(*where, failing(FAILURES[failure]))
-            refused_for_now(lambda: copied.train(tiny(), digits(), tell=said.append), "last.pt")
+            refused_for_now(lambda: copied.train(tiny(), digits(), report_line=said.append), "last.pt")
         assert files(copied) == before and not said, failure
-    assert copied.train(tiny(), digits(), tell=said.append) and said == ["continuing after epoch 4 of 4"]
+    assert copied.train(tiny(), digits(), report_line=said.append) and said == ["continuing after epoch 4 of 4"]
     assert numbers_of(copied) == numbers_of(kept)
 
 
@@ -332,7 +332,7 @@ def test_a_state_of_other_shapes_is_damaged(kept, copied):
     saved["bank"]["eps"] = saved["bank"]["eps"][:1].clone()
     torch.save(saved, path)
     resealed(path)
-    assert copied.train(tiny(), digits(), tell=said.append) and "does not fit this run" in said[0]
+    assert copied.train(tiny(), digits(), report_line=said.append) and "does not fit this run" in said[0]
     assert "set aside as last.damaged" in said[0]
     assert numbers_of(copied) == numbers_of(kept)
 

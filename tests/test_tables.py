@@ -49,10 +49,10 @@ def test_rows_and_columns_are_those_of_the_paper(name, tmp_path):
     wanted = sorted({(l["dataset"], l["method"], l["checkpoint"], l["metric"], l["network"], l["value"]) for l in lines})
     found = set()
     for i, block in enumerate(results.plan.blocks):
-        for (b, row, column, which), line in results.lines.items():
+        for (b, row, column, checkpoint), line in results.lines.items():
             if b != i or np.isnan(line["paper"]): continue
             for dataset, method, checkpoint, metric, network, value in wanted:
-                if (dataset, method, metric) == (block.reference[0], row, column) and checkpoint in ("", which) and float(value) == line["paper"] and network in (block.reference[1], line["network"]):
+                if (dataset, method, metric) == (block.reference[0], row, column) and checkpoint in ("", checkpoint) and float(value) == line["paper"] and network in (block.reference[1], line["network"]):
                     found.add((dataset, method, checkpoint, metric, network, value))
     assert sorted(found) == wanted  # each printed number stands in its own cell
 

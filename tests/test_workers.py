@@ -33,20 +33,20 @@ def test_jobs_do_not_wait_for_threads_that_only_their_parent_has():
 
 
 def test_a_job_whose_process_dies_is_named_with_what_it_said_last():
-    def dies(tell):
-        tell("epoch 3 of 20")
+    def dies(report_line):
+        report_line("epoch 3 of 20")
         os.kill(os.getpid(), signal.SIGKILL)
-    def waits(tell): time.sleep(30)
+    def waits(report_line): time.sleep(30)
     with pytest.raises(UserError, match=r"^training of DAAT: its process was ended by SIGKILL, as the system does when memory runs out, after it said 'epoch 3 of 20'; run the same command again, it goes on where it stopped\.$"):
         run_jobs([waits, dies], 2, lambda line: None, names=["training of AT", "training of DAAT"])
-    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 7; run"): run_jobs([lambda tell: os._exit(7)] * 2, 2)
-    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 0; run"): run_jobs([lambda tell: os._exit(0)] * 2, 2)   # no end of a job
-    with pytest.raises(RuntimeError, match="(?s)^training of AT failed\n.*ZeroDivisionError"): run_jobs([lambda tell: 1 / 0] * 2, 2, names=["training of AT"] * 2)   # a fault in the code keeps its traceback
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 7; run"): run_jobs([lambda report_line: os._exit(7)] * 2, 2)
+    with pytest.raises(UserError, match=r"^a job: its process ended with exit code 0; run"): run_jobs([lambda report_line: os._exit(0)] * 2, 2)   # no end of a job
+    with pytest.raises(RuntimeError, match="(?s)^training of AT failed\n.*ZeroDivisionError"): run_jobs([lambda report_line: 1 / 0] * 2, 2, names=["training of AT"] * 2)   # a fault in the code keeps its traceback
 
 
 def test_what_a_job_says_may_be_any_text():
     said = []
-    run_jobs([lambda tell: tell("odd \udcff name")] * 2, 2, said.append)
+    run_jobs([lambda report_line: report_line("odd \udcff name")] * 2, 2, said.append)
     assert said == ["odd \\udcff name"] * 2
 
 

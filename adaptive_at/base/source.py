@@ -48,7 +48,7 @@ class Module:
 
 # %% ../../nbs/lib/06_source.ipynb #7ba7be3f
 SILENT = {'__post_init__', '__repr__', 'label', 'slug'}   # methods that check fields or make names for people
-SPEAKING = {'tell', 'print'}                              # functions that are called to say something
+SPEAKING = {'report_line', 'print'}                              # functions that are called to say something
 DECLARING = {'piece', 'dataclass'}                        # decorators that stand in the id, or only make a class
 
 
@@ -84,6 +84,7 @@ class _Essence(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node):
+        if 'ClassVar' in ast.unparse(node.annotation): return ast.Assign([node.target], self.visit(node.value))   # no field
         node.annotation = ast.Constant(None)
         return self.generic_visit(node)
 
@@ -145,9 +146,10 @@ class Words:
         self.fields = self._fields(self.node)
         arguments = {a.arg for n in ast.walk(self.node) if isinstance(n, ast.arguments) for a in (*n.posonlyargs, *n.args, *n.kwonlyargs, n.vararg, n.kwarg) if a}
         stored = {n.id for n in ast.walk(self.node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        inner = {n.name for n in ast.walk(self.node) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n is not self.node}
+        inner = {n.name for f in ast.walk(self.node) if isinstance(f, ast.FunctionDef) for n in ast.walk(f) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n is not f}
         whole = isinstance(self.node, (ast.Assign, ast.AnnAssign))
-        self.shared, self.local = arguments | self.fields.keys(), {} if whole else dict.fromkeys(stored | inner)
+        of_class = {t.id for s in getattr(self.node, 'body', ()) if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)} if isinstance(self.node, ast.ClassDef) else set()
+        self.shared, self.local = arguments | self.fields.keys() | of_class, {} if whole else dict.fromkeys(stored | inner)
 
     def _fields(self, node: ast.AST) -> dict[str, str]:
         "The recorded names of a dataclass's fields."
@@ -178,7 +180,7 @@ class Words:
             yield f'[{len(value)}'
             for each in value: yield from self._node(each)
         elif name == 'attr': yield self._member(value)
-        elif name == 'name' and isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield 'itself' if node is self.node else self._member(value)
+        elif name == 'name' and isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield 'itself' if node is self.node else self._name(value) if value in self.local else self._member(value)
         else: yield from self._node(value)
 
     def _name(self, name: str) -> str:

@@ -312,7 +312,7 @@ EPOCH = 8   # seconds of AT in bf16, aimed at on an H200-class card
 LOOPS = {'AT': (other_libraries.at_loop, other_libraries.wasteful, other_libraries.careful), 'TRADES': (other_libraries.trades_loop, other_libraries.trades_wasteful, other_libraries.trades_careful)}
 
 
-def steps(bench: Bench, batch: int, tell: Callable[[str], None] = print) -> list[Line]:
+def steps(bench: Bench, batch: int, report_line: Callable[[str], None] = print) -> list[Line]:
     "AT, TRADES and DAAT: this package against the textbook and the careful loop, and against what the machine can do."
     task = random_task(bench.network, batch, bench.steps, bench.device)
     ours = methods(task)
@@ -326,7 +326,7 @@ def steps(bench: Bench, batch: int, tell: Callable[[str], None] = print) -> list
         ways |= {(f'{name}, ours', precision): our_step(task, method, precision) for name, method in ours.items()}
         if bench.compile: ways |= {(f'{name}, ours, compiled', precision): our_step(task, ours[name], precision, held=held) for name in LOOPS}
         for name, (run, operations) in ceilings(batch, bench.device, precision).items(): ways[name, precision], top[name, precision] = run, operations
-    tell(f'batch {batch}: {len(ways)} ways, {bench.repeats} rounds')
+    report_line(f'batch {batch}: {len(ways)} ways, {bench.repeats} rounds')
     with held: laps = alternating(ways, bench.repeats, bench.warmup, bench.device)
     lines, main = [], bench.clocks[0]
     for (way, precision), each in laps.items():
@@ -361,7 +361,7 @@ def small_run(bench: Bench, seed: int = 0, precision: str = 'fp32') -> Run:
 def trained(bench: Bench, seed: int = 0, precision: str = 'fp32') -> Classifier:
     "The small network, adversarially trained; in eval mode."
     run = small_run(bench, seed, precision)
-    return train(run, bench.data, State(run, bench.data, bench.device), tell=lambda line: None).model.eval()
+    return train(run, bench.data, State(run, bench.data, bench.device), report_line=lambda line: None).model.eval()
 
 
 def small_task(bench: Bench, batch: int = 128, steps: int = 10) -> Task:
@@ -402,7 +402,7 @@ def _kept(kept: dict, name: str, attacked: Callable[[], Tensor]) -> Callable[[],
     return run
 
 
-def attacks(bench: Bench, model: Classifier, tell: Callable[[str], None] = print) -> list[Line]:
+def attacks(bench: Bench, model: Classifier, report_line: Callable[[str], None] = print) -> list[Line]:
     "PGD-20, and PGD-100 with restarts, here and in other libraries: time, and robust accuracy."
     x, y = _images(bench)
     alpha, lines = scale_to_eps(0.003, bench.eps), []
@@ -416,7 +416,7 @@ def attacks(bench: Bench, model: Classifier, tell: Callable[[str], None] = print
         for name, (library, attacked) in others.items():
             if needed := other_libraries.missing(library): notes[name] = needed
             else: ways[name] = _kept(kept, name, attacked)
-        tell(f'{label}: {", ".join(ways)}' + ''.join(f'; {name} {needed}' for name, needed in notes.items()))
+        report_line(f'{label}: {", ".join(ways)}' + ''.join(f'; {name} {needed}' for name, needed in notes.items()))
         laps = alternating(ways, bench.repeats, bench.warmup, bench.device)
         lines += _evaluated(bench, label, laps, kept, notes, {'torchattacks': 0.40} if restarts > 1 else {})
     return lines
@@ -451,8 +451,8 @@ def fidelity(bench: Bench, model: Classifier) -> list[Line]:
     "This package's way, in each precision, against the eager fp32 loop."
     lines, weights = [], model.state_dict()
     tasks = {'small': small_task(bench, steps=bench.steps), 'large': random_task(bench.network, min(bench.batches), bench.steps, bench.device)}
-    for which, task in tasks.items():
-        given = weights if which == 'small' else None
+    for checkpoint, task in tasks.items():
+        given = weights if checkpoint == 'small' else None
         method, index = methods(task)['AT'], torch.arange(len(task.x), device=task.x.device)
         noise = RandomStream(key('benchmark', 'step'), index).of('attack')
         start = method.attack.start(task.x, per_example(task.eps, task.x), noise)
@@ -529,7 +529,7 @@ def growth(bench: Bench) -> list[Line]:
     def epoch(n: int):
         run = replace(small_run(bench), train_examples=n if n < bench.data.info.n_train else 0)
         run = replace(run, training=replace(run.training, epochs=1, batch=50))
-        return lambda: train(run, bench.data, State(run, bench.data, bench.device), tell=lambda line: None)
+        return lambda: train(run, bench.data, State(run, bench.data, bench.device), report_line=lambda line: None)
     def step(batch: int, passes: int): return our_step(small_task(bench, batch, passes), replace(at(bench.eps), attack=PGD(scale_to_eps(0.007, bench.eps), passes - 1)))
     make = {'images': epoch, 'passes': lambda k: step(128, k), 'batch': lambda b: step(b, 11)}
     laps, lines, main = alternating({(what, size): make[what](size) for what, sizes in SWEEPS.items() for size in sizes}, bench.repeats, bench.warmup, bench.device), [], bench.clocks[0]
@@ -556,7 +556,7 @@ def swept(small: str, device: str, epochs: int) -> dict[str, list[float]]:
         our_step(small_task(bench, 128, passes), replace(at(bench.eps), attack=PGD(scale_to_eps(0.007, bench.eps), passes - 1)))()
         out['steps'].append(peak(bench.device))
     run = small_run(bench)
-    train(run, bench.data, State(run, bench.data, bench.device), save=lambda state: out['epochs'].append(peak(bench.device)), tell=lambda line: None)
+    train(run, bench.data, State(run, bench.data, bench.device), save=lambda state: out['epochs'].append(peak(bench.device)), report_line=lambda line: None)
     return out
 
 
@@ -572,7 +572,7 @@ def memory(bench: Bench) -> list[Line]:
             replace(head, way='epochs', metric='memory from the second epoch to the last', value=found['epochs'][-1] - found['epochs'][1], n=len(found['epochs']), note=f"of {found['epochs'][1]:.0f} MB")]
 
 # %% ../../nbs/lib/97_measure.ipynb #5d2ddf8e
-def bf16(bench: Bench, tell: Callable[[str], None] = print) -> list[Line]:
+def bf16(bench: Bench, report_line: Callable[[str], None] = print) -> list[Line]:
     "Natural and PGD-20 accuracy after training in fp32 and in bf16, over seeds; their difference with its 95% interval."
     from scipy.stats import t
     columns = {'natural accuracy': Clean(), 'accuracy under PGD-20': WhiteBox(PGD(scale_to_eps(0.003, bench.eps), 20), bench.eps)}
@@ -581,7 +581,7 @@ def bf16(bench: Bench, tell: Callable[[str], None] = print) -> list[Line]:
         for precision in ('fp32', 'bf16'):
             model = trained(bench, seed, precision)
             for name, column in columns.items(): found[precision, name].append(evaluate(evaluation(column, bench.data.info.identity, '', seed=seed), model, bench.data)['accuracy'])
-        tell(f'seed {seed}: ' + ', '.join(f'{precision} {name} {values[-1]:.1f}' for (precision, name), values in found.items()))
+        report_line(f'seed {seed}: ' + ', '.join(f'{precision} {name} {values[-1]:.1f}' for (precision, name), values in found.items()))
     def line(precision, name, values, metric, **more):
         half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
         return Line('bf16', bench.small.label, 128, precision, 'AT, ours', metric, float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half), len(values), '%', **more)
@@ -589,17 +589,17 @@ def bf16(bench: Bench, tell: Callable[[str], None] = print) -> list[Line]:
     return lines + [line('bf16', name, np.subtract(found['bf16', name], found['fp32', name]), f'{name}, difference', reference='fp32', note='95% interval over seeds, paired') for name in columns]
 
 # %% ../../nbs/lib/97_measure.ipynb #52d7a385
-def measure(bench: Bench, tell: Callable[[str], None] = print) -> pd.DataFrame:
+def measure(bench: Bench, report_line: Callable[[str], None] = print) -> pd.DataFrame:
     "Measure the chosen parts; each is in the device's table as soon as it is done."
     lines, began = [], time.time()
-    jobs = {'steps': lambda m: [line for batch in bench.batches for line in steps(bench, batch, tell)], 'rules': partial(rules, bench), 'evaluation': lambda m: attacks(bench, m, tell),
-            'autoattack': partial(autoattack, bench), 'fidelity': partial(fidelity, bench), 'growth': lambda m: growth(bench), 'bf16': lambda m: bf16(bench, tell) if bench.seeds else [],
+    jobs = {'steps': lambda m: [line for batch in bench.batches for line in steps(bench, batch, report_line)], 'rules': partial(rules, bench), 'evaluation': lambda m: attacks(bench, m, report_line),
+            'autoattack': partial(autoattack, bench), 'fidelity': partial(fidelity, bench), 'growth': lambda m: growth(bench), 'bf16': lambda m: bf16(bench, report_line) if bench.seeds else [],
             'kernels': lambda m: [line for precision in bench.precisions for line in kernels(bench, m, precision)]}
     model = trained(bench) if set(bench.parts) - {'steps', 'growth', 'bf16'} else None
     for part in bench.parts:
         lines += (new := jobs[part](model))
         if new: write(frame(new, bench), bench)
-        tell(f'{part}: done after {time.time() - began:.0f} s')
+        report_line(f'{part}: done after {time.time() - began:.0f} s')
     return frame(lines, bench)
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 import numpy as np, torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -30,6 +30,7 @@ from ..base.errors import UserError, nearly
 from ..base.files import locked, project_root, user_path
 from ..base.checks import one_of
 from ..jobs.pool import cores
+if TYPE_CHECKING: from PIL import Image
 
 # %% ../../nbs/lib/10_datasets.ipynb #bba20fb2
 @dataclass(frozen=True, eq=False, repr=False)

@@ -236,7 +236,7 @@ def launched(
     outputs: Path,               # the folder that holds `runs`
     data_root: Path,
     device: str,                 # 'cpu' or 'cuda'
-    tell: Callable[[str], None]  # told what the first process says
+    report_line: Callable[[str], None]  # told what the first process says
 ) -> None:
     "Train a run by a job of several processes on this machine, and wait for it."
     root = str(Path(__file__).resolve().parents[2])
@@ -251,7 +251,7 @@ def launched(
         with open(errors, 'wb') as log:
             job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True, preexec_fn=_die_with_parent if sys.platform.startswith('linux') else None)
         try:
-            for line in job.stdout: tell(line.rstrip('\n'))
+            for line in job.stdout: report_line(line.rstrip('\n'))
             code = job.wait()
         except KeyboardInterrupt:
             job.send_signal(signal.SIGINT)   # once: torchrun passes it on

@@ -27,13 +27,13 @@ def cores() -> int:
 def run_jobs(
     jobs: Sequence[Callable[[Tell], None]],  # each is given a function to tell a line with; a job comes after those it waits for
     workers: int,                            # how many at once
-    tell: Tell = print,
+    report_line: Tell = print,
     after: Sequence[Sequence[int]] = (),     # of each job, the places of those it waits for; empty: none waits
     names: Sequence[str] = ()                # of each job, for people; empty: none has one
 ) -> None:
     "Run all jobs, at most `workers` at once, each as soon as it can be, the first ones first; one that fails ends the others. One after another where processes cannot be forked (CUDA, Windows)."
     if min(workers, len(jobs)) < 2 or not sys.platform.startswith('linux') or torch.cuda.is_available():
-        for job in jobs: job(tell)
+        for job in jobs: job(report_line)
         return
     import_module('torch._dynamo')  # the first optimiser a process makes imports it: some two seconds, once here and not in every job
     waiting, ended, running = dict(enumerate(after or [()] * len(jobs))), set(), selectors.DefaultSelector()
@@ -43,14 +43,14 @@ def run_jobs(
             here = len(able) == 1 and not running.get_map()  # nothing else can be done meanwhile: no process for it alone
             for place in able[:workers - len(running.get_map())]:
                 del waiting[place]
-                if here: jobs[place](tell); ended.add(place)
+                if here: jobs[place](report_line); ended.add(place)
                 else: _begin(jobs[place], place, names[place] if names else 'a job', running)
-            for job in _heard(running, tell) if running.get_map() else ():
+            for job in _heard(running, report_line) if running.get_map() else ():
                 _finish(job)
                 ended.add(job['place'])
     except KeyboardInterrupt:
         if not running.get_map(): raise
-        _stop(running, tell)
+        _stop(running, report_line)
         raise Stopped('stopped; run the same command again, it goes on from there') from None
     finally:
         for key in list(running.get_map().values()):  # only after a failure or an interrupt
@@ -60,14 +60,14 @@ def run_jobs(
         running.close()
 
 
-def _heard(running: selectors.BaseSelector, tell: Tell, seconds: float|None = None) -> Iterator[dict]:
+def _heard(running: selectors.BaseSelector, report_line: Tell, seconds: float|None = None) -> Iterator[dict]:
     "Pass on what jobs say; those that have ended."
     for key, _ in running.select(seconds):
         chunk = os.read(key.fd, 1 << 16)
         key.data['text'] += chunk
         *lines, key.data['text'] = key.data['text'].split(b'\n')
         for line in lines:
-            tell(line.decode())
+            report_line(line.decode())
             key.data['last'] = line.decode() or key.data['last']
         if not chunk:
             running.unregister(key.fd)
@@ -75,13 +75,13 @@ def _heard(running: selectors.BaseSelector, tell: Tell, seconds: float|None = No
             yield key.data
 
 
-def _stop(running: selectors.BaseSelector, tell: Tell) -> None:
+def _stop(running: selectors.BaseSelector, report_line: Tell) -> None:
     "Ask all jobs to stop, and give them the time that `defer_interrupt` gives them."
     for key in running.get_map().values():
         with suppress(ProcessLookupError): os.kill(key.data['pid'], signal.SIGINT)
     until = time.monotonic() + LONGEST
     while running.get_map() and (left := until - time.monotonic()) > 0:
-        for job in _heard(running, tell, left): os.waitpid(job['pid'], 0)
+        for job in _heard(running, report_line, left): os.waitpid(job['pid'], 0)
 
 
 def _begin(job: Callable[[Tell], None], place: int, name: str, running: selectors.BaseSelector) -> None:

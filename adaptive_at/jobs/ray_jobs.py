@@ -46,11 +46,11 @@ def in_order(
     return sorted(jobs, key=lambda job: -way[job])
 
 
-def on_this_machine(jobs: Sequence[Job], workers: int, tell: Tell = print) -> None:
+def on_this_machine(jobs: Sequence[Job], workers: int, report_line: Tell = print) -> None:
     "Run all jobs on this machine, at most `workers` at once."
     if workers > 1: jobs = in_order(jobs)
     place = {job: n for n, job in enumerate(jobs)}
-    run_jobs([job.work for job in jobs], workers, tell, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
+    run_jobs([job.work for job in jobs], workers, report_line, [[place[a] for a in job.after] for job in jobs], [job.name for job in jobs])
 
 # %% ../../nbs/lib/83_ray_jobs.ipynb #01124e40
 RETRIES = 30    # times that a task is started again after its process or machine died
@@ -217,7 +217,7 @@ def on_ray(
     address: str,            # of a cluster; empty: Ray starts on this machine
     device: str,             # cpu or cuda, of the tasks
     folder: Path,            # the store's, which all machines share
-    tell: Tell = print
+    report_line: Tell = print
 ) -> None:
     "Run all jobs as tasks of a Ray cluster; the first that fails ends the others."
     if not jobs: return
@@ -229,11 +229,11 @@ def on_ray(
         shared(ray, nodes, folder)
         try: make_folder(folder)
         except OSError as e: raise UserError(f'{folder} could not be made ({e.strerror or e}); choose another `outputs` folder.') from e
-        tell('Ray: ' + _counted(len(nodes), 'machine') + ', ' + ', '.join(_counted(sum(n['Resources'].get(kind, 0) for n in nodes), kind) for kind in ('CPU', 'GPU') if device == 'cuda' or kind == 'CPU'))
+        report_line('Ray: ' + _counted(len(nodes), 'machine') + ', ' + ', '.join(_counted(sum(n['Resources'].get(kind, 0) for n in nodes), kind) for kind in ('CPU', 'GPU') if device == 'cuda' or kind == 'CPU'))
         lines, task, refs, done = Queue(actor_options={'num_cpus': 0}), ray.remote(_work), {}, []
         def heard():
             with suppress(ray.exceptions.RayActorError):   # the queue's machine died: the work goes on in silence
-                for line in lines.get_nowait_batch(lines.qsize()): tell(line)
+                for line in lines.get_nowait_batch(lines.qsize()): report_line(line)
         try:
             for job in in_order(jobs):
                 sent = Sent(ray.cloudpickle.dumps(replace(job, after=())), spec_hash(job.specs), sources, paths)
@@ -263,7 +263,7 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
     "A task, in its own process."
     import ray
     machine, said = platform.node(), []
-    def tell(line: str) -> None: said[:] = [lines.actor.put_nowait.remote(line)]   # not waited for: Ray gives the CPUs of a task that waits to another one
+    def report_line(line: str) -> None: said[:] = [lines.actor.put_nowait.remote(line)]   # not waited for: Ray gives the CPUs of a task that waits to another one
     def arrived() -> None:
         with suppress(ray.exceptions.RayActorError): ray.get(said)   # lines arrive in order: after the last one, all are there
     try:
@@ -272,10 +272,10 @@ def _work(sent: Sent, threads: int, device: str, folder: Path, lines: Any, *befo
         job = sent.opened(machine)
         if spec_hash(job.specs) != sent.digest: raise UserError(f'the machine {machine} of the Ray cluster has another version of adaptive_at, or of code of yours, than this one; install the same there.')
         torch.set_num_threads(threads)
-        job.work(tell)
+        job.work(report_line)
     except UserError as e: raise UserError(str(e)) from None   # some of its kinds cannot be pickled
     except KeyboardInterrupt as e:
-        if str(e): tell(str(e))
+        if str(e): report_line(str(e))
         arrived()
         os._exit(1)   # it may have been importing: Ray would give this process, with half a library, the next task
     finally: arrived()

@@ -88,20 +88,20 @@ def radius_axis(block):
     "Name and unit of an axis of test radii."
     return r'test $\epsilon$ (unit: ' + ('1/255)' if block.protocol.eps == 8/255 else f'{block.protocol.eps / 8:.3g})')
 
-def verdicts(results, block, row, column, which):
+def verdicts(results, block, row, column, checkpoint):
     "Which images are classified right [S,N]."
-    return torch.stack([decode_verdicts(r['standing']) for r in results.of(block, row, column, which)])
+    return torch.stack([decode_verdicts(r['standing']) for r in results.of(block, row, column, checkpoint)])
 
-def disparity(results, block, row, which='last'):
+def disparity(results, block, row, checkpoint='last'):
     "RD of a row in points per unit of radius, and half of its 95% interval."
-    right = {e: 100 * verdicts(results, block, row, tested(e), which).float() for e in (0, *RADII)}
+    right = {e: 100 * verdicts(results, block, row, tested(e), checkpoint).float() for e in (0, *RADII)}
     rd, low, _ = mean_interval(robustness_disparity(right.pop(0), right))
     return rd, rd - low
 
 def sweep(ax, results, block, series, title):
     "Accuracy against test eps with its interval, a line per series: label -> row and checkpoint."
-    for (label, (row, which)), marker in zip(series.items(), 'osD^vPX*'):
-        value, low, high = np.array([results.interval(block, row, column, which) for column in SWEEP]).T
+    for (label, (row, checkpoint)), marker in zip(series.items(), 'osD^vPX*'):
+        value, low, high = np.array([results.interval(block, row, column, checkpoint) for column in SWEEP]).T
         ax.plot((0, *RADII), value, marker=marker, ms=3.5, lw=1.4, label=label)
         ax.fill_between((0, *RADII), low, high, alpha=0.15, lw=0)
     ax.set(xlabel=radius_axis(block), ylabel='test accuracy (%)', ylim=(0, 100), title=title)
@@ -122,7 +122,7 @@ def fig1(results, block):
                 axes[2].plot([h['epoch'] for h in measured], [h[f'{part}_{accuracy}'] for h in measured], style, marker='o', ms=3.5, lw=1.4, color=PALETTE[colour], label=f'{accuracy}, {part}')
         axes[2].set(xlabel='epoch', ylabel='accuracy (%)', ylim=(0, 100), title=f'(c) AT, robust: PGD-{run.monitor.attack.steps}')
         axes[2].legend(fontsize='small')
-        sweep(axes[3], results, block, {f'{which}: RD {disparity(results, block, "AT", which)[0]:.1f}': ('AT', which) for which in ('best', 'last')}, '(c) its best and last checkpoint')
+        sweep(axes[3], results, block, {f'{checkpoint}: RD {disparity(results, block, "AT", checkpoint)[0]:.1f}': ('AT', checkpoint) for checkpoint in ('best', 'last')}, '(c) its best and last checkpoint')
     return fig
 
 # %% ../../nbs/table1_saat.ipynb #505aaeee
@@ -141,7 +141,7 @@ def fig2(results, block):
         for h, marker in zip(measured.values(), 'osD^'): axes[2].plot([e['epoch'] for e in h], [e['test_robust'] for e in h], marker=marker, ms=3.5, lw=1.4)
         axes[2].set(xlabel='epoch', ylabel='test accuracy (%)', title=f'(c) robust (PGD-{block.runs[wide("AT", WIDTHS[0])][0].monitor.attack.steps})')
         for i, (label, row) in [*enumerate(rows.items())][::len(rows) - 1]:  # the narrowest and the widest
-            gap, low, high = np.array([paired(*(verdicts(results, block, row, column, which) for which in ('best', 'last'))) for column in SWEEP]).T
+            gap, low, high = np.array([paired(*(verdicts(results, block, row, column, checkpoint) for checkpoint in ('best', 'last'))) for column in SWEEP]).T
             axes[3].plot((0, *RADII), gap, marker='osD^'[i], ms=3.5, lw=1.4, color=PALETTE[i], label=label)
             axes[3].fill_between((0, *RADII), low, high, alpha=0.15, lw=0, color=PALETTE[i])
         axes[3].axhline(0, color=GREY, lw=1, ls=':')
@@ -178,9 +178,9 @@ def overfitting(results):
     frame = {}
     for block in results.plan.blocks:
         for row in block.rows:
-            if not all(results.of(block, row, 'PGD-20', which) for which in ('best', 'last')): continue
-            gap, low, high = paired(*(verdicts(results, block, row, 'PGD-20', which) for which in ('best', 'last')))
-            best, last = (results.paper(block, row, 'PGD-20', which) for which in ('best', 'last'))
+            if not all(results.of(block, row, 'PGD-20', checkpoint) for checkpoint in ('best', 'last')): continue
+            gap, low, high = paired(*(verdicts(results, block, row, 'PGD-20', checkpoint) for checkpoint in ('best', 'last')))
+            best, last = (results.paper(block, row, 'PGD-20', checkpoint) for checkpoint in ('best', 'last'))
             frame[results.plan.named(block), row] = {'best - last': tag('b', f'{gap:+.1f}') + f' [{low:+.1f}, {high:+.1f}]', 'paper': f'{best - last:+.2f}'}
     return styled(pd.DataFrame.from_dict(frame, orient='index'), 'Robust overfitting: PGD-20 accuracy of the best minus that of the last checkpoint',
                   ['In points, with the 95% interval on the same images. Zero without a width: the last epoch is the best.'])

@@ -131,7 +131,7 @@ def planned(
     outputs: Path,
     data_root: Path,
     seeds: int = 1,
-    tell: Callable[[str], None] = lambda sentence: None  # told of each table whose plan cannot be made
+    report_line: Callable[[str], None] = lambda sentence: None  # told of each table whose plan cannot be made
 ) -> dict[str, list[str]]:
     "Run id -> the tables and presets whose plans hold it."
     found = {}
@@ -143,7 +143,7 @@ def planned(
             told = {k: p.default for k, p in (COMMON | about(table)).items()} | {'preset': preset.name, 'columns': 'all', 'figures': 'all', 'seeds': seeds, 'dry_run': True, 'data_root': str(data_root), 'outputs': str(outputs)}
             try: plan = Plan(module, Session(Parameters(table, told, figures, (), 0.), preset, torch.device('cpu')))
             except (UserError, OSError) as e:
-                tell(f'what {table} needs in preset {preset.name} is not known: {e}')
+                report_line(f'what {table} needs in preset {preset.name} is not known: {e}')
                 continue
             for run in (run for block in plan.blocks for runs in block.runs.values() for run in runs): found.setdefault(run.id, []).append(f'{table} {preset.name}')
     return {i: list(dict.fromkeys(tables)) for i, tables in found.items()}
@@ -173,7 +173,7 @@ def listed_runs(path: Path) -> list[str]:
     return ids
 
 # %% ../../nbs/lib/92_audit.ipynb #018bd688
-def written(outputs: Path, tell: Callable[[str], None] = lambda sentence: None) -> dict[str, list[str]]:
+def written(outputs: Path, report_line: Callable[[str], None] = lambda sentence: None) -> dict[str, list[str]]:
     "Run id -> the tables under `outputs` that name it. Each file that may name more is told."
     found = {}
     for path in sorted(outputs.glob('*/*/*.csv')):
@@ -181,7 +181,7 @@ def written(outputs: Path, tell: Callable[[str], None] = lambda sentence: None) 
         if path.parent.parent.name not in TABLES: continue
         try: ids = listed_runs(path)
         except UserError as e:
-            tell(f'{e}, so the runs that it names are not known; run {table} again, or delete the file to give them up')
+            report_line(f'{e}, so the runs that it names are not known; run {table} again, or delete the file to give them up')
             continue
         for i in dict.fromkeys(ids): found.setdefault(i, []).append(table)
     return found
@@ -190,11 +190,11 @@ def written(outputs: Path, tell: Callable[[str], None] = lambda sentence: None) 
 def inventory(
     outputs: Path,                 # the folder that holds `runs`
     data_root: Path = Path('data'),
-    tell: Callable[[str], None] = lambda sentence: None  # told of all that may need a run and cannot be read
+    report_line: Callable[[str], None] = lambda sentence: None  # told of all that may need a run and cannot be read
 ) -> list[Stored]:                 # by name
     "Every run of the store, and who needs it."
     runs = {s.id: s for s in everything(outputs)}
-    plans, lists = planned(outputs, data_root, tell=tell), written(outputs, tell)
+    plans, lists = planned(outputs, data_root, report_line=report_line), written(outputs, report_line)
     first = {i: spec_hash(first_seed(s.spec)) if s.spec else i for i, s in runs.items()}
     tables = {i: plans.get(first[i], []) + lists.get(i, []) for i in runs}
     weights = {w: i for i, s in runs.items() for w in s.facts.get('weights', {}).values()}
@@ -210,7 +210,7 @@ def inventory(
         if sum(map(len, tables.values())) == before: break
     for i, sentences in hidden.items():
         if tables[i]:
-            for sentence in sentences: tell(sentence)
+            for sentence in sentences: report_line(sentence)
     return [replace(s, tables=tuple(sorted(set(tables[i])))) for i, s in runs.items()]
 
 

@@ -95,11 +95,11 @@ def other_shapes(saved: Any, wanted: Any) -> bool:
     return any(other_shapes(saved[k], wanted[k]) for k in saved.keys() & wanted.keys())
 
 
-def set_aside(e: Damaged, path: Path, tell: Callable[[str], None]) -> None:
+def set_aside(e: Damaged, path: Path, report_line: Callable[[str], None]) -> None:
     "Rename a damaged file, so that it is neither used nor lost."
-    if not path.exists(): return tell(f'{e}')
+    if not path.exists(): return report_line(f'{e}')
     os.replace(path, path.with_suffix('.damaged'))
-    tell(f'{e}; it is set aside as {path.with_suffix(".damaged").name}')
+    report_line(f'{e}; it is set aside as {path.with_suffix(".damaged").name}')
 
 
 def _bank(run: Run, state: State) -> dict[str, np.ndarray]:
@@ -221,7 +221,7 @@ class Store:
         run: Run,
         data: Dataset,                       # on `device`
         device: str|torch.device = 'cpu',
-        tell: Callable[[str], None] = print, # one line per epoch
+        report_line: Callable[[str], None] = print, # one line per epoch
         wait: bool = True,                   # for another process that trains it; else `Busy`
         team: SingleProcess = SINGLE_PROCESS                  # the processes that train it together, of which this is the first
     ) -> bool:                               # was there anything to train, and did it end?
@@ -229,33 +229,33 @@ class Store:
         folder = self.folder(run)
         if self.finished(run) or self.facts(run).get('diverged'): return False
         made = self.facts(run).get('made with', [])  # a resumed run takes the threads it began with
-        with locked(folder/'lock', tell, wait), threads(made[0]['threads'] if made else run.network.threads) as n, ExitStack() as held:
+        with locked(folder/'lock', report_line, wait), threads(made[0]['threads'] if made else run.network.threads) as n, ExitStack() as held:
             if self.finished(run) or self.facts(run).get('diverged'): return False  # another process was here
             clear_away(folder.glob('.*.part'))  # of a process that was killed
-            if (folder/'history.csv').exists() and not self.history(run): tell(f'history.csv of {folder.name} does not agree with spec.json; it is made anew from the last checkpoint')
+            if (folder/'history.csv').exists() and not self.history(run): report_line(f'history.csv of {folder.name} does not agree with spec.json; it is made anew from the last checkpoint')
             spoilt = None
-            if (state := self._resumed(run, data, device, tell)) is None:
+            if (state := self._resumed(run, data, device, report_line)) is None:
                 new, state = True, State(run, data, device)
                 if run.start:
-                    self.train(run.start, data, device, lambda line: tell(f'(the run it starts from) {line}'), wait, team)
+                    self.train(run.start, data, device, lambda line: report_line(f'(the run it starts from) {line}'), wait, team)
                     if not (spoilt := self.facts(run.start).get('diverged')): state.model.load_state_dict(self.model(run.start, data, 'last', device).state_dict())
             else: new = False
             if state.epoch == run.training.epochs: way = (made or [{}])[-1].get('path', 'eager')   # nothing is left to train
             elif team.size > 1: way = 'eager'   # graphs are of whole batches
-            else: way = held.enter_context(execution_path(run, state.model, len(state.subset), data.info.shape, tell))
+            else: way = held.enter_context(execution_path(run, state.model, len(state.subset), data.info.shape, report_line))
             now = versions() | {'device': hardware(device), 'threads': n, 'path': way, 'code': code_of(run)} | team.facts(state.model)
             if not new and state.epoch < run.training.epochs: self._same_code(run, made, now)
             facts = {'run': to_spec(run), 'made with': [now] if new else made if [{'path': 'eager'} | m for m in made[-1:]] == [now] else [*made, now]}   # older runs name no path
             write_checked_json(folder/'spec.json', facts)
             if not new:
-                tell(f'continuing after {_reached(run, state)}')
-                if state.epoch == run.training.epochs: self._record(run, state, facts, tell)
+                report_line(f'continuing after {_reached(run, state)}')
+                if state.epoch == run.training.epochs: self._record(run, state, facts, report_line)
             try:
                 if spoilt: raise Diverged(f'the run that it starts from: {spoilt}')
-                with defer_interrupt() as asked: self._train(run, data, state, facts, asked, tell, team)
+                with defer_interrupt() as asked: self._train(run, data, state, facts, asked, report_line, team)
             except Diverged as e:
                 write_checked_json(folder/'spec.json', facts | {'diverged': str(e)})
-                tell(f'diverged: {e}; the last good checkpoint is kept and the other rows go on')
+                report_line(f'diverged: {e}; the last good checkpoint is kept and the other rows go on')
         return self.finished(run)
 
     def _same_code(self, run: Run, made: list[dict], now: dict) -> None:
@@ -264,7 +264,7 @@ class Store:
         raise UserError(f'{self.folder(run).name} was begun by other code: what its training executes was edited since. '
                         f'Delete {self.folder(run)} to start it anew, or go on with the code that began it.')
 
-    def _train(self, run: Run, data: Dataset, state: State, facts: dict, asked: Callable[[], bool], tell: Callable[[str], None], team: SingleProcess) -> None:
+    def _train(self, run: Run, data: Dataset, state: State, facts: dict, asked: Callable[[], bool], report_line: Callable[[str], None], team: SingleProcess) -> None:
         "Train, and save after every epoch, every five minutes inside one, and where somebody `asked` to stop."
         kept, saved = _reached(run, state), time.monotonic()
         def save(state: State) -> None:
@@ -272,15 +272,15 @@ class Store:
             saved = time.monotonic()
             good = not state.batch or state.finite()  # of a state that is spoilt already nothing is kept
             if good and state.batch: write_checkpoint(self.folder(run)/'within.pt', state.state_dict(), FileLabel(run.id, 'part', state.epoch))
-            if not state.batch: self._save(run, state, facts, tell)
+            if not state.batch: self._save(run, state, facts, report_line)
             if good: kept = _reached(run, state)
             if team.agreed(asked()): raise KeyboardInterrupt
         team.lead(run, state, torch.get_num_threads())
-        try: train(run, data, state, save, tell, lambda: asked() or time.monotonic() - saved > self.every, team)
+        try: train(run, data, state, save, report_line, lambda: asked() or time.monotonic() - saved > self.every, team)
         except Abandoned as e: raise Abandoned(f'{e}; run the same command again, {self.folder(run).name} goes on after {kept}.') from e
         except KeyboardInterrupt: raise Stopped(f'stopped; run the same command again, {self.folder(run).name} goes on after {kept}') from None
 
-    def _resumed(self, run: Run, data: Dataset, device: str|torch.device, tell: Callable[[str], None]) -> State|None:
+    def _resumed(self, run: Run, data: Dataset, device: str|torch.device, report_line: Callable[[str], None]) -> State|None:
         "The state of the newest checkpoint that can be trusted, None where there is none; those that cannot are set aside and said so."
         paths = [p for name in ('within.pt', 'last.pt', 'previous.pt') if (p := self.folder(run)/name).exists()]
         with suppress(Damaged, AttributeError):
@@ -289,19 +289,19 @@ class Store:
         for path in paths:
             try:
                 state = load_state(path, run, data, device)
-                self._best(run, state, tell)
+                self._best(run, state, report_line)
                 if path.name == 'last.pt':
                     (self.folder(run)/'within.pt').unlink(missing_ok=True)   # of an epoch before it
                 return state
-            except Damaged as e: set_aside(e, path, tell)
+            except Damaged as e: set_aside(e, path, report_line)
             except Lost as e:
                 for p in paths:
                     if p.exists(): os.replace(p, p.with_suffix('.damaged'))
-                tell(f'{e}; the run starts again')
+                report_line(f'{e}; the run starts again')
                 return None
-        if paths: tell(f'no checkpoint of {self.folder(run).name} can be used; the run starts again')
+        if paths: report_line(f'no checkpoint of {self.folder(run).name} can be used; the run starts again')
 
-    def _best(self, run: Run, state: State, tell: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    def _best(self, run: Run, state: State, report_line: Callable[[str], None]) -> dict[str, torch.Tensor]:
         "The weights of the best epoch so far. A missing or damaged `best.pt` is made anew where that epoch's state is still there."
         if not state.best: return {}
         path, epoch = self.folder(run)/'best.pt', state.best['epoch']
@@ -309,7 +309,7 @@ class Store:
             saved = read_checkpoint(path, run.id, 'weights')
             if saved['epoch'] in (epoch, state.epoch + 1): return saved['model']  # the latter: of an epoch whose state was lost, and is trained again
         except Damaged as e:
-            if path.exists(): set_aside(e, path, tell)
+            if path.exists(): set_aside(e, path, report_line)
         weights = state.model.state_dict() if epoch == state.epoch and not state.batch else None
         for name in ('last.pt', 'previous.pt'):
             with suppress(Damaged):
@@ -318,14 +318,14 @@ class Store:
         write_checkpoint(path, {'model': weights, 'epoch': epoch}, FileLabel(run.id, 'weights', epoch))
         return weights
 
-    def _save(self, run: Run, state: State, facts: dict, tell: Callable[[str], None]) -> None:
+    def _save(self, run: Run, state: State, facts: dict, report_line: Callable[[str], None]) -> None:
         "Write the state after an epoch. The one before is kept."
         write_checkpoint(self.folder(run)/'last.pt', state.state_dict(), FileLabel(run.id, 'state', state.epoch), self.folder(run)/'previous.pt')
         if state.improved: write_checkpoint(self.folder(run)/'best.pt', {'model': state.model.state_dict(), 'epoch': state.epoch}, FileLabel(run.id, 'weights', state.epoch))
         clear_away([self.folder(run)/'within.pt'])  # where it stays, `_resumed` sees that it is older
-        self._record(run, state, facts, tell)
+        self._record(run, state, facts, report_line)
 
-    def _record(self, run: Run, state: State, facts: dict, tell: Callable[[str], None]) -> None:
+    def _record(self, run: Run, state: State, facts: dict, report_line: Callable[[str], None]) -> None:
         "Write what can be told from the checkpoints, the history last."
         folder = self.folder(run)
         names = list(dict.fromkeys(k for entry in state.history for k in entry))
@@ -334,37 +334,37 @@ class Store:
         table.writeheader()
         table.writerows(state.history)
         if state.epoch == run.training.epochs:
-            weights = {'last': fingerprint(state.model), 'best': fingerprint_of(self._best(run, state, tell))}
+            weights = {'last': fingerprint(state.model), 'best': fingerprint_of(self._best(run, state, report_line))}
             write_arrays(folder/'radius.npz', _bank(run, state), FileLabel(run.id, 'radius', state.epoch))
             write_checked_json(folder/'spec.json', facts | {'weights': weights, 'best': state.best, 'history': hashlib.sha256(text.getvalue().encode()).hexdigest()})
         write_text(folder/'history.csv', text.getvalue())
 
-    def model(self, run: Run, data: Dataset, which: str = 'last', device: str|torch.device = 'cpu', tell: Callable[[str], None] = print) -> Classifier:
+    def model(self, run: Run, data: Dataset, checkpoint: str = 'last', device: str|torch.device = 'cpu', report_line: Callable[[str], None] = print) -> Classifier:
         """A run's network, `last` or `best`, in eval mode.
         Where its checkpoint is damaged, the run is trained again from the one before.
         Raises `Unreadable` where it cannot be loaded now."""
-        path = self.folder(run)/f'{which}.pt'
-        try: return self._built(run, data, which, device)
+        path = self.folder(run)/f'{checkpoint}.pt'
+        try: return self._built(run, data, checkpoint, device)
         except Damaged:
-            with locked(self.folder(run)/'lock', tell):
-                try: return self._built(run, data, which, device)  # another process was here
-                except Damaged as e: self._unfinish(e, path, tell)
-        self.train(run, data, device, tell)
-        return self._built(run, data, which, device)
+            with locked(self.folder(run)/'lock', report_line):
+                try: return self._built(run, data, checkpoint, device)  # another process was here
+                except Damaged as e: self._unfinish(e, path, report_line)
+        self.train(run, data, device, report_line)
+        return self._built(run, data, checkpoint, device)
 
-    def _built(self, run: Run, data: Dataset, which: str, device: str|torch.device) -> Classifier:
+    def _built(self, run: Run, data: Dataset, checkpoint: str, device: str|torch.device) -> Classifier:
         "The network of a checkpoint, on a device. Raises `Damaged` where it is not what `spec.json` says."
-        path = self.folder(run)/f'{which}.pt'
+        path = self.folder(run)/f'{checkpoint}.pt'
         weights, model = read_checkpoint(path, run.id, 'weights', 'state')['model'], run.network.build(len(data.info.classes), data.info.shape[0])
         with loading(path, 'does not fit this run'):
             model.load_state_dict(weights)
             model = model.laid_out(device)
-        if fingerprint(model) != self.facts(run).get('weights', {}).get(which, fingerprint(model)): raise Damaged(path, 'holds other weights than those that spec.json names')
+        if fingerprint(model) != self.facts(run).get('weights', {}).get(checkpoint, fingerprint(model)): raise Damaged(path, 'holds other weights than those that spec.json names')
         return model.eval()
 
-    def _unfinish(self, e: Damaged, path: Path, tell: Callable[[str], None]) -> None:
+    def _unfinish(self, e: Damaged, path: Path, report_line: Callable[[str], None]) -> None:
         "Set a damaged file of a finished run aside; without a history the run counts as begun, and `train` goes on with it."
-        set_aside(e, path, tell)
+        set_aside(e, path, report_line)
         (path.parent/'history.csv').unlink(missing_ok=True)
 
     def verdicts(self, run: Run, e: Evaluation) -> dict|None:
@@ -387,35 +387,35 @@ class Store:
         run: Run,
         e: Evaluation,
         data: Dataset,
-        which: str = 'last',                   # checkpoint
+        checkpoint: str = 'last',                   # checkpoint
         source: nn.Module|None = None,         # the surrogate, for transfer
         device: str|torch.device = 'cpu',
-        tell: Callable[[str], None] = print,
+        report_line: Callable[[str], None] = print,
         wait: bool = True                      # for another process that makes it; else `Busy`
     ) -> dict:
         "A stored result, or a new one, which is then stored. An interrupted evaluation goes on after its last batch."
         path = self._path(run, e)
         if not path.exists():
-            with locked(path.with_suffix('.lock'), tell, wait), threads(run.network.threads) as n:
+            with locked(path.with_suffix('.lock'), report_line, wait), threads(run.network.threads) as n:
                 if not path.exists():
                     began = time.perf_counter()
                     clear_away(path.parent.glob(f'.{path.stem}.*.part'))  # of a process that was killed
-                    model = self.model(run, data, which, device, tell)
-                    if self.facts(run).get('weights', {}).get(which) != e.weights: raise UserError(f'{self.folder(run).name}: {which}.pt holds other weights than {e.weights}, which the evaluation is of; run the same command again to evaluate those that are there.')
+                    model = self.model(run, data, checkpoint, device, report_line)
+                    if self.facts(run).get('weights', {}).get(checkpoint) != e.weights: raise UserError(f'{self.folder(run).name}: {checkpoint}.pt holds other weights than {e.weights}, which the evaluation is of; run the same command again to evaluate those that are there.')
                     part = path.with_suffix('.part.json')
-                    result = evaluate(e, model, data, source, self._progress(part, e, tell), lambda progress: write_checked_json(part, {'of': e.id, 'progress': progress}))
+                    result = evaluate(e, model, data, source, self._progress(part, e, report_line), lambda progress: write_checked_json(part, {'of': e.id, 'progress': progress}))
                     write_checked_json(path, {'evaluation': to_spec(e), 'result': result, 'seconds': round(time.perf_counter() - began, 1),
                                         'made with': versions() | {'device': hardware(device), 'threads': n, 'code': judged_by(e)}})
         return self.verdicts(run, e)
 
-    def _progress(self, part: Path, e: Evaluation, tell: Callable[[str], None]) -> dict|None:
+    def _progress(self, part: Path, e: Evaluation, report_line: Callable[[str], None]) -> dict|None:
         "How far an interrupted evaluation came."
         try: saved = read_checked_json(part)
         except FileNotFoundError: return None
         except Unreadable: raise
         except UserError: saved = {}
         if saved.get('of') == e.id: return saved['progress']
-        tell(f'{part.name} of {part.parent.parent.name} is damaged; the evaluation starts again')
+        report_line(f'{part.name} of {part.parent.parent.name} is damaged; the evaluation starts again')
 
     def _path(self, run: Run, e: Evaluation) -> Path:
         return self.folder(run)/'evals'/f'{type(e.column).__name__.lower()}-{e.id}.json'

@@ -35,7 +35,7 @@ def export(folder: Path, file: Path) -> None:
     if not s.problem and not s.finished: raise UserError(f'{folder.name} is trained for {s.progress} epochs; only finished runs are exported.')
     if found := damages(s): raise UserError(f'{folder.name} is not exported, because {found[0]}.')
     holds = {'last': ('state', 'weights'), 'best': ('weights',)}
-    tensors = {f'{which}/{k}': v.contiguous() for which in holds for k, v in read_checkpoint(folder/f'{which}.pt', s.id, *holds[which])['model'].items()}
+    tensors = {f'{checkpoint}/{k}': v.contiguous() for checkpoint in holds for k, v in read_checkpoint(folder/f'{checkpoint}.pt', s.id, *holds[checkpoint])['model'].items()}
     tensors |= {f'bank/{k}': torch.from_numpy(v) for k, v in read_arrays(folder/'radius.npz', s.id).items()}
     told = {'folder': folder.name, 'spec': s.facts, 'history': (folder/'history.csv').read_text(encoding='utf-8'), 'evaluations': {p.name: read_checked_json(p) for p in evaluation_files(folder)}}
     try:
@@ -116,11 +116,11 @@ def _wrong_tensors(e: Exported) -> str:
         if not v.isfinite().all(): return f'{k} holds what is no number'
     if not all((bank[k] >= 0).all() for k in ('eps', 'used', 'realised', 'snapshots', 'path')):
         return 'its bank holds a negative radius'
-    weights = {which: e.part(which) for which in ('last', 'best')}
-    for which, wanted in ((which, other) for other in (weights['last'], _expected(spec)) if other for which in weights):
-        if _layout(weights[which]) != _layout(wanted): return f'its {which} weights are not those of its network'
-    for which, expected in e.facts['weights'].items():
-        if fingerprint_of(weights[which]) != expected: return f'its {which} weights are not those that its spec names'
+    weights = {checkpoint: e.part(checkpoint) for checkpoint in ('last', 'best')}
+    for checkpoint, wanted in ((checkpoint, other) for other in (weights['last'], _expected(spec)) if other for checkpoint in weights):
+        if _layout(weights[checkpoint]) != _layout(wanted): return f'its {checkpoint} weights are not those of its network'
+    for checkpoint, expected in e.facts['weights'].items():
+        if fingerprint_of(weights[checkpoint]) != expected: return f'its {checkpoint} weights are not those that its spec names'
     info = _official(spec)
     if not info or n == info.n_train: return ''
     return f'its bank has {n} radii, and {info.label} {info.n_train} training images'

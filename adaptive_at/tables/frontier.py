@@ -66,12 +66,12 @@ def _evaluation(t: Trained, session: Session, name: str):
     return evaluation(_column(t, session, name), t.info.identity, t.plan.store.facts(t.run)['weights']['last'], examples=0 if n >= t.info.n_test else n)
 
 
-def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataFrame:
+def measure(found: dict[str, Trained], session: Session, report_line=print) -> pd.DataFrame:
     "Evaluate what is missing; one line per run: label, paper, natural and AA accuracy with their intervals, gradient evaluations per training image."
     missing = [(t, name) for t in found.values() for name in ('natural', 'AA') if not t.plan.store.verdicts(t.run, _evaluation(t, session, name))]
     if missing:
         data = datasets.load(next(iter(found.values())).info.name, session.parameters.data_root, session.device)
-        run_jobs([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), tell,
+        run_jobs([partial(_evaluate, t, name, session, data) for t, name in missing], session.workers(t.run for t, _ in missing), report_line,
                      names=[f'evaluation of {t.label} ({name})' for t, name in missing])
     lines = []
     for i, t in found.items():
@@ -86,10 +86,10 @@ def measure(found: dict[str, Trained], session: Session, tell=print) -> pd.DataF
     return frame.assign(front=front(frame.natural.to_numpy(), frame.AA.to_numpy())) if len(frame) else frame
 
 
-def _evaluate(t: Trained, name: str, session: Session, data, tell) -> None:
+def _evaluate(t: Trained, name: str, session: Session, data, report_line) -> None:
     "One job."
-    result = t.plan.store.evaluate(t.run, _evaluation(t, session, name), data, 'last', None, session.device, tell)
-    tell(f"{t.label}, {name}, {result['accuracy']:.1f}% of {result['n']}")
+    result = t.plan.store.evaluate(t.run, _evaluation(t, session, name), data, 'last', None, session.device, report_line)
+    report_line(f"{t.label}, {name}, {result['accuracy']:.1f}% of {result['n']}")
 
 
 def cost(run: Run) -> int:

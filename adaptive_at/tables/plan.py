@@ -335,23 +335,23 @@ class Plan:
         row: str,
         column: str,
         seed: int,
-        which: str = ''       # checkpoint; empty: the table's
+        checkpoint: str = ''       # checkpoint; empty: the table's
     ) -> Evaluation|None:     # None as long as the weights it is of do not exist
         "The evaluation of one cell and seed."
-        which, source = which or self.table.checkpoints[-1], self.source(block, row, column, seed)
-        weights = self.store.facts(block.runs[row][seed]).get('weights', {}).get(which)
-        theirs = self.store.facts(source).get('weights', {}).get(which) if source else ''
+        checkpoint, source = checkpoint or self.table.checkpoints[-1], self.source(block, row, column, seed)
+        weights = self.store.facts(block.runs[row][seed]).get('weights', {}).get(checkpoint)
+        theirs = self.store.facts(source).get('weights', {}).get(checkpoint) if source else ''
         if weights is None or theirs is None: return None
         return evaluation(block.columns[column], block.info.identity, weights, theirs, self.examples(block, column), seed)
 
-    def verdict(self, block: PlannedBlock, row: str, column: str, seed: int, which: str = '') -> dict|None:
+    def verdict(self, block: PlannedBlock, row: str, column: str, seed: int, checkpoint: str = '') -> dict|None:
         "What the store holds for one cell and seed."
-        e = self.evaluation(block, row, column, seed, which)
+        e = self.evaluation(block, row, column, seed, checkpoint)
         return e and self.store.verdicts(block.runs[row][seed], e)
 
-    def judged_by_other_code(self, block: PlannedBlock, row: str, column: str, seed: int, which: str = '') -> bool:
+    def judged_by_other_code(self, block: PlannedBlock, row: str, column: str, seed: int, checkpoint: str = '') -> bool:
         "Was the stored evaluation of one cell and seed made by other code than this?"
-        e = self.evaluation(block, row, column, seed, which)
+        e = self.evaluation(block, row, column, seed, checkpoint)
         return e is not None and self.store.judged_by_other_code(block.runs[row][seed], e)
 
     def diverged(self, run: Run) -> bool: return 'diverged' in self.store.facts(run)

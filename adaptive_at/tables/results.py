@@ -52,17 +52,17 @@ class Results:
         plan = self.plan.whole()
         return self if plan is self.plan else Results(plan)
 
-    def by_seed(self, block: PlannedBlock, row: str, column: str, which: str = '') -> list[dict|None]:
+    def by_seed(self, block: PlannedBlock, row: str, column: str, checkpoint: str = '') -> list[dict|None]:
         "The results of one cell by seed, None where the store has none."
-        return self.cells.get((self.plan.blocks.index(block), row, column, which or self.plan.table.checkpoints[-1]), [])
+        return self.cells.get((self.plan.blocks.index(block), row, column, checkpoint or self.plan.table.checkpoints[-1]), [])
 
-    def of(self, block: PlannedBlock, row: str, column: str, which: str = '') -> list[dict]:
+    def of(self, block: PlannedBlock, row: str, column: str, checkpoint: str = '') -> list[dict]:
         "The stored results of one cell, one per seed."
-        return [r for r in self.by_seed(block, row, column, which) if r]
+        return [r for r in self.by_seed(block, row, column, checkpoint) if r]
 
-    def interval(self, block: PlannedBlock, row: str, column: str, which: str = '') -> tuple[float, float, float]:
+    def interval(self, block: PlannedBlock, row: str, column: str, checkpoint: str = '') -> tuple[float, float, float]:
         "Accuracy of one cell and its interval in percent: Wilson's for one seed, mean and standard deviation for several."
-        done = self.of(block, row, column, which)
+        done = self.of(block, row, column, checkpoint)
         values = [r['accuracy'] for r in done]
         if not values: return np.nan, np.nan, np.nan
         mean = float(np.mean(values))
@@ -70,42 +70,42 @@ class Results:
         std = float(np.std(values, ddof=1))
         return mean, mean - std, mean + std
 
-    def paper(self, block: PlannedBlock, row: str, column: str, which: str = '') -> float:
+    def paper(self, block: PlannedBlock, row: str, column: str, checkpoint: str = '') -> float:
         "The printed number, where there is one."
         dataset, network = block.reference
-        found = {key[4]: value for key, value in self.printed.items() if key[:3] == (dataset, row, column) and key[3] in ('', which or self.plan.table.checkpoints[-1])}
+        found = {key[4]: value for key, value in self.printed.items() if key[:3] == (dataset, row, column) and key[3] in ('', checkpoint or self.plan.table.checkpoints[-1])}
         return found.get(network, next(iter(found.values())) if len(found) == 1 else np.nan)  # a row may have a network of its own
 
-    def _line(self, block: PlannedBlock, row: str, column: str, which: str) -> dict:
+    def _line(self, block: PlannedBlock, row: str, column: str, checkpoint: str) -> dict:
         "One number of the table."
-        plan, runs, done = self.plan, block.runs.get(row, []), self.of(block, row, column, which)
-        value, low, high = self.interval(block, row, column, which)
+        plan, runs, done = self.plan, block.runs.get(row, []), self.of(block, row, column, checkpoint)
+        value, low, high = self.interval(block, row, column, checkpoint)
         std = (high - low) / 2 if len(done) > 1 else np.nan
-        theirs, same = self.paper(block, row, column, which), is_comparable(block, column)
-        return dict(dataset=block.info.label, network=runs[0].network.label if runs else '', row=row, checkpoint=which, column=column, value=value, ci_low=low, ci_high=high,
-                    n=done[0]['n'] if done else 0, seeds=len(done), std=std, paper=theirs, difference=value - theirs if same else np.nan, warning='; '.join(self._warnings(block, row, column, which)),
+        theirs, same = self.paper(block, row, column, checkpoint), is_comparable(block, column)
+        return dict(dataset=block.info.label, network=runs[0].network.label if runs else '', row=row, checkpoint=checkpoint, column=column, value=value, ci_low=low, ci_high=high,
+                    n=done[0]['n'] if done else 0, seeds=len(done), std=std, paper=theirs, difference=value - theirs if same else np.nan, warning='; '.join(self._warnings(block, row, column, checkpoint)),
                     overrides='; '.join(plan.overrides), run=' '.join(r.id for r in runs))
 
 # %% ../../nbs/lib/90_results.ipynb #1cfebe13
 @patch
-def _warnings(self:Results, block: PlannedBlock, row: str, column: str, which: str) -> list[str]:
+def _warnings(self:Results, block: PlannedBlock, row: str, column: str, checkpoint: str) -> list[str]:
     "What a reader should be wary of in one cell."
     if row not in block.runs: return ['quoted by the paper, not reproduced here']
     for run in block.runs[row]:
         if message := self.plan.store.facts(run).get('diverged'): return [f'diverged: {message}']
-    if not any(found := self.by_seed(block, row, column, which)): return []
-    told = [text for run in block.runs[row] for text in self.concerns(run)]
-    columns = {c: block.columns[c] for c in dict.fromkeys([*(c for c, w in block.cells[row] if w == which), column])}
+    if not any(found := self.by_seed(block, row, column, checkpoint)): return []
+    told = [text for run in block.runs[row] for text in self.training_warnings(run)]
+    columns = {c: block.columns[c] for c in dict.fromkeys([*(c for c, w in block.cells[row] if w == checkpoint), column])}
     for seed in range(len(found)):
-        results = {c: r for c in columns if (r := dict(enumerate(self.by_seed(block, row, c, which))).get(seed))}
+        results = {c: r for c in columns if (r := dict(enumerate(self.by_seed(block, row, c, checkpoint))).get(seed))}
         if column not in results: continue
-        if self.plan.judged_by_other_code(block, row, column, seed, which): told.append('evaluated by other code than this: what it executes was edited since')
+        if self.plan.judged_by_other_code(block, row, column, seed, checkpoint): told.append('evaluated by other code than this: what it executes was edited since')
         told += [text if seed == 0 or text in told else f'seed {seed}: {text}' for text in doubts(column, columns, results)]
     return list(dict.fromkeys(told))
 
 
 @patch
-def concerns(self:Results, run: Run) -> list[str]:
+def training_warnings(self:Results, run: Run) -> list[str]:
     "What is to be known of a run's training; read once."
     if run.id not in self.concerned:
         made = self.plan.store.facts(run).get('made with', [])
@@ -131,9 +131,9 @@ def table(self:Results) -> Styler|str:
     return styled(frame, self.heading(), self._footnotes() + [f"{text}: {', '.join(where)}." for text, where in notes.items()])
 
 @patch
-def _cell(self:Results, block: int, row: str, column: str, which: str, notes: dict[str, list[str]]) -> Html|str:
+def _cell(self:Results, block: int, row: str, column: str, checkpoint: str, notes: dict[str, list[str]]) -> Html|str:
     "One cell; a warning goes into `notes` with the cells it concerns."
-    if not (line := self.lines.get((block, row, column, which))): return '–'
+    if not (line := self.lines.get((block, row, column, checkpoint))): return '–'
     theirs = '' if np.isnan(line['paper']) else tag('span', f'paper {line["paper"]:g}', kind='paper')
     if row not in self.plan.blocks[block].runs: return theirs
     ours = number(line['value'], line['ci_low'], line['ci_high'])
@@ -180,34 +180,34 @@ def _footnotes(self:Results) -> list[str]:
 @patch
 def claims(self:Results,
     claims: list[tuple[str, str, str, str]], # sentence; the row said to be higher; the row said to be lower; column
-    which: str = '',                         # checkpoint; empty: the table's
+    checkpoint: str = '',                         # checkpoint; empty: the table's
     caption: str = 'Claims of the paper, and what this run shows'
 ) -> Styler|str:
     "What this run shows of a paper's claims. `claims.csv` (`claims-WHICH.csv`) gets what all that the store holds for the table shows."
     if self.plan.parameters.dry_run: return 'dry run: nothing was trained'
-    shown, whole = self._judged(claims, which), self.whole()
-    judged = shown if whole is self else [of_all if of_all['n'] else own for of_all, own in zip(whole._judged(claims, which), shown)]
-    tidy(self.plan.folder/f'claims{which and "-"}{which}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])))
+    shown, whole = self._judged(claims, checkpoint), self.whole()
+    judged = shown if whole is self else [of_all if of_all['n'] else own for of_all, own in zip(whole._judged(claims, checkpoint), shown)]
+    tidy(self.plan.folder/f'claims{checkpoint and "-"}{checkpoint}.csv', pd.DataFrame([line for line in judged if line['n']], columns=list(shown[0])))
     seeds = max((line['seeds'] for line in shown), default=1)
     lines = [{'dataset': line['dataset'], 'claim': line['claim'], 'this run': line['verdict'], 'difference': '{difference:+.1f} points [{low:+.1f}, {high:+.1f}]'.format(**line) if line['n'] else ''} for line in shown]
     return styled(pd.DataFrame(lines).set_index(['dataset', 'claim']), caption, ['Difference of accuracies on the same images, with its 95% interval' + (f', of images and of {seeds} seeds.' if seeds > 1 else '; one seed says nothing of the spread between seeds.')])
 
 
 @patch
-def _difference(self:Results, block: PlannedBlock, row: str, other: str, column: str, which: str) -> dict[str, float]:
+def _difference(self:Results, block: PlannedBlock, row: str, other: str, column: str, checkpoint: str) -> dict[str, float]:
     "Of a row from another in points, with its 95% interval, on the same test images; `n` is 0 where one of them was not run."
-    pairs = [[scores(r) for r in pair] for pair in zip(*(self.by_seed(block, r, column, which) for r in (row, other))) if all(pair)]
+    pairs = [[scores(r) for r in pair] for pair in zip(*(self.by_seed(block, r, column, checkpoint) for r in (row, other))) if all(pair)]
     d, low, high = paired(*(torch.stack(each) for each in zip(*pairs))) if pairs else (np.nan,) * 3
     return {'difference': d, 'low': low, 'high': high, 'n': len(pairs[0][0]) if pairs else 0, 'seeds': len(pairs)}
 
 
 @patch
-def _judged(self:Results, claims: list[tuple[str, str, str, str]], which: str) -> list[dict]:
+def _judged(self:Results, claims: list[tuple[str, str, str, str]], checkpoint: str) -> list[dict]:
     "A line for each block and claim; `n` is 0 where it was not run."
     lines = []
     for block in self.plan.blocks:
         for text, higher, lower, column in claims:
-            d = self._difference(block, higher, lower, column, which)
+            d = self._difference(block, higher, lower, column, checkpoint)
             verdict = 'not run' if not d['n'] else 'holds' if d['low'] > 0 else 'does not hold' if d['high'] < 0 else 'cannot tell at this size'
             lines.append({'dataset': self.plan.named(block), 'claim': text, 'higher': higher, 'lower': lower, 'column': column, 'verdict': verdict} | d)
     return lines
@@ -224,12 +224,12 @@ def compare(self:Results,
     need, against, lines, rows = self.plan.table.figures[name], against or {}, {}, []
     for block in self.plan.blocks:
         for row in need.rows:
-            for which in need.checkpoints:
-                cells = lines[self.plan.named(block), row, which] = {'less': against.get(row, '')} if against else {}
+            for checkpoint in need.checkpoints:
+                cells = lines[self.plan.named(block), row, checkpoint] = {'less': against.get(row, '')} if against else {}
                 for c in need.columns:
-                    found, interval = self.of(block, row, c, which), self.interval(block, row, c, which)
-                    d = self._difference(block, row, against[row], c, which) if row in against else {}
-                    rows.append({'dataset': self.plan.named(block), 'row': row, 'checkpoint': which, 'column': c, **dict(zip(('value', 'ci_low', 'ci_high'), interval)), 'n': len(scores(found[0])) if found else 0, 'seeds': len(found),
+                    found, interval = self.of(block, row, c, checkpoint), self.interval(block, row, c, checkpoint)
+                    d = self._difference(block, row, against[row], c, checkpoint) if row in against else {}
+                    rows.append({'dataset': self.plan.named(block), 'row': row, 'checkpoint': checkpoint, 'column': c, **dict(zip(('value', 'ci_low', 'ci_high'), interval)), 'n': len(scores(found[0])) if found else 0, 'seeds': len(found),
                                  'less': against.get(row, ''), **{k: d.get(k, np.nan) for k in ('difference', 'low', 'high')}})
                     label = c + ' †' * bool(substitution_note(block, c, self.plan))
                     cells[label] = number(*interval)
@@ -355,19 +355,19 @@ def substitution_note(block: PlannedBlock, column: str, plan: Plan) -> str:
 # %% ../../nbs/lib/90_results.ipynb #f0a2f147
 def execute(
     plan: Plan,
-    tell: Callable[[str], None] = print  # told one line per epoch and per evaluation
+    report_line: Callable[[str], None] = print  # told one line per epoch and per evaluation
 ) -> Results:
     "Train what is missing, evaluate what is missing, write `table.csv`."
     if plan.parameters.dry_run: return Results(plan)
     if plan.parameters.read_only and (lacking := _lacking(plan)):
         raise UserError(f'outputs is {str(plan.parameters.outputs)!r}, which cannot be written and lacks {lacking}; choose a folder you may write to.')
     expected = plan.seconds() if plan.measured() else 0.
-    began, done, report = time.time(), Counter(), tell
-    def tell(line: str) -> None:
+    began, done, report = time.time(), Counter(), report_line
+    def report_line(line: str) -> None:
         done[line.rpartition(': ')[2]] += 1  # a line that ends in ': trained' or ': evaluated' counts
         report(line)
     try:
-        for wait in (False, True): _launch(plan, _jobs(plan, wait), tell)  # what another process works on is waited for last, so that several share a table
+        for wait in (False, True): _launch(plan, _jobs(plan, wait), report_line)  # what another process works on is waited for last, so that several share a table
     except Stopped: raise
     except KeyboardInterrupt: raise Stopped('stopped; run the same command again, it goes on from there') from None
     finally: _loaded.cache_clear()
@@ -400,11 +400,11 @@ def _note(plan: Plan) -> None:
     write_text(plan.folder/f'runs-{spec_hash(plan.parameters.command())}.csv', '\n'.join(lines))
 
 
-def _launch(plan: Plan, jobs: list[Job], tell: Callable[[str], None]) -> None:
+def _launch(plan: Plan, jobs: list[Job], report_line: Callable[[str], None]) -> None:
     "Do all jobs, where the parameters say."
     session, q = plan.session, plan.parameters
-    if q.launcher == 'ray': on_ray(jobs, q.address, session.device.type, plan.store.root, tell)
-    else: on_this_machine(jobs, session.workers(run for b in plan.blocks for runs in b.runs.values() for run in runs), tell)
+    if q.launcher == 'ray': on_ray(jobs, q.address, session.device.type, plan.store.root, report_line)
+    else: on_this_machine(jobs, session.workers(run for b in plan.blocks for runs in b.runs.values() for run in runs), report_line)
 
 
 def _jobs(plan: Plan, wait: bool) -> list[Job]:
@@ -431,7 +431,7 @@ LONG = 10.  # seconds: an evaluation that takes longer is a job of its own, so t
 def _evaluations(plan: Plan, block: PlannedBlock, row: str, seed: int, training: dict[str, Job], wait: bool) -> list[Job]:
     "What one row lacks."
     run = block.runs[row][seed]
-    networks = {(c, which): [r for r in (run, plan.source(block, row, c, seed)) if r] for c, which in plan.unevaluated(block, row, seed)}
+    networks = {(c, checkpoint): [r for r in (run, plan.source(block, row, c, seed)) if r] for c, checkpoint in plan.unevaluated(block, row, seed)}
     seconds = {cell: plan.evaluating(block, cell[0], plan.cost(run, block.info)) for cell in networks}
     alone, together = [[cell] for cell in seconds if seconds[cell] > LONG], [cell for cell in seconds if seconds[cell] <= LONG]
     return [Job(partial(_evaluate, plan, block, row, seed, cells, wait), (run, *(block.columns[c] for c, _ in cells)), run.network.threads, _of(training, *(r for cell in cells for r in networks[cell])),
@@ -462,32 +462,32 @@ def _processes(plan: Plan, run: Run) -> int:
     return 1 if plan.parameters.gpus_per_run < 2 or why_not_distributed(run) else plan.parameters.gpus_per_run
 
 
-def _train(plan: Plan, block: PlannedBlock, row: str, run: Run, wait: bool, tell: Callable[[str], None]) -> None:
+def _train(plan: Plan, block: PlannedBlock, row: str, run: Run, wait: bool, report_line: Callable[[str], None]) -> None:
     "One job: train a row."
     _note(plan)   # the command may never come to its end
     label, processes = _seeded(row, run), _processes(plan, run)
-    if processes < plan.parameters.gpus_per_run: tell(f'{label}: trained by one process, since {why_not_distributed(run)}')
+    if processes < plan.parameters.gpus_per_run: report_line(f'{label}: trained by one process, since {why_not_distributed(run)}')
     with suppress(Busy):
         if processes > 1:
-            with locked(plan.store.folder(run)/'lock', tell, wait): pass  # nobody else trains it
-            launched(run, processes, block.info.name, plan.parameters.outputs, plan.parameters.data_root, plan.session.device.type, lambda line: tell(f'{label}: {line}'))
+            with locked(plan.store.folder(run)/'lock', report_line, wait): pass  # nobody else trains it
+            launched(run, processes, block.info.name, plan.parameters.outputs, plan.parameters.data_root, plan.session.device.type, lambda line: report_line(f'{label}: {line}'))
             trained = plan.store.finished(run)
-        else: trained = plan.store.train(run, _data(plan, block), plan.session.device, lambda line: tell(f'{label}: {line}'), wait)
-        if trained: tell(f'{label}: trained')
+        else: trained = plan.store.train(run, _data(plan, block), plan.session.device, lambda line: report_line(f'{label}: {line}'), wait)
+        if trained: report_line(f'{label}: trained')
 
 
-def _evaluate(plan: Plan, block: PlannedBlock, row: str, seed: int, cells: list[tuple[str, str]], wait: bool, tell: Callable[[str], None]) -> None:
+def _evaluate(plan: Plan, block: PlannedBlock, row: str, seed: int, cells: list[tuple[str, str]], wait: bool, report_line: Callable[[str], None]) -> None:
     "One job: those of a row's cells that are not in the store and whose networks are trained."
     run, device = block.runs[row][seed], plan.session.device
-    for column, which in plan.unevaluated(block, row, seed):
-        if (column, which) not in cells: continue
-        surrogate, e = plan.source(block, row, column, seed), plan.evaluation(block, row, column, seed, which)
+    for column, checkpoint in plan.unevaluated(block, row, seed):
+        if (column, checkpoint) not in cells: continue
+        surrogate, e = plan.source(block, row, column, seed), plan.evaluation(block, row, column, seed, checkpoint)
         if e is None: continue
         data = _data(plan, block)
-        source = plan.store.model(surrogate, data, which, device) if surrogate else None
-        try: result = plan.store.evaluate(run, e, data, which, source, device, tell, wait)
+        source = plan.store.model(surrogate, data, checkpoint, device) if surrogate else None
+        try: result = plan.store.evaluate(run, e, data, checkpoint, source, device, report_line, wait)
         except Busy: continue
-        tell(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
+        report_line(f"{row}, {column}, {result['accuracy']:.1f}% of {result['n']}: evaluated")
 
 
 def _clear_lines() -> None:

@@ -25,23 +25,23 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="only the figures")
     told = parser.parse_args(arguments)
-    tell = (lambda line: None) if told.quiet else lambda line: print(line, flush=True)
+    report_line = (lambda line: None) if told.quiet else lambda line: print(line, flush=True)
     wrong = []
     with tempfile.TemporaryDirectory() as folder, tiny():
         for name in ("kills", "damages", "failures", "shared", "contained", "writes"): (Path(folder)/name).mkdir()
         if told.kills:
-            found = kills.campaign(Path(folder)/"kills", told.kills, told.seed, tell=tell)
+            found = kills.campaign(Path(folder)/"kills", told.kills, told.seed, report_line=report_line)
             wrong += found.wrong + ["fewer kills landed than were asked for"] * (found.landed < told.kills)
             print(found, flush=True)
         if told.damages:
             cases = sorted(random.Random(told.seed).sample(damage.CASES, min(told.damages, len(damage.CASES))), key=damage.CASES.index)
-            found = damage.campaign(Path(folder)/"damages", cases, told.seed, tell)
+            found = damage.campaign(Path(folder)/"damages", cases, told.seed, report_line)
             wrong += found.wrong
             print(found, flush=True)
         if told.failures:
             chosen = random.Random(told.seed).sample(failures.CASES, min(told.failures, len(failures.CASES)))
             cases = sorted(chosen, key=failures.CASES.index)
-            found = failures.campaign(Path(folder)/"failures", cases, tell)
+            found = failures.campaign(Path(folder)/"failures", cases, report_line)
             wrong += found.wrong
             print(found, flush=True)
         for name, called in (("shared", None), ("contained", 7)) if told.processes else ():
@@ -49,11 +49,11 @@ def main(arguments=None):
             wrong += problems
             print("\n  ".join([text if not problems else f"{told.processes} processes{' with one process id' * bool(called)} on an empty store:", *problems]), flush=True)
         if told.each:
-            found = writes.campaign(Path(folder)/"writes", told.each, tell)
+            found = writes.campaign(Path(folder)/"writes", told.each, report_line)
             wrong += found.wrong
             print(found, flush=True)
     if told.notebooks:
-        problems = notebooks.campaign(tell)
+        problems = notebooks.campaign(report_line)
         wrong += problems
         print("\n  ".join([f"{len(notebooks.BAD)} notebooks with a bad value through papermill: {len(problems)} without a sentence and an exit code", *problems]))
     return int(bool(wrong))

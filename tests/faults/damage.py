@@ -140,7 +140,7 @@ def contents_but(outputs: Path, path: Path) -> dict:
         finally: os.rename(aside, path)
 
 
-def campaign(folder: Path, cases=CASES, seed=0, tell=lambda line: None, bases: Bases|None = None) -> Damages:
+def campaign(folder: Path, cases=CASES, seed=0, report_line=lambda line: None, bases: Bases|None = None) -> Damages:
     "Every case once, the places of flips and cuts at random."
     rng, result, bases = random.Random(seed), Damages(), bases or Bases(folder)
     for i, (state, name, fault) in enumerate(cases):
@@ -148,5 +148,5 @@ def campaign(folder: Path, cases=CASES, seed=0, tell=lambda line: None, bases: B
         if wrong: result.wrong.append(f"{fault} {name} of a {state} store: {wrong}")
         else: result.outcomes[outcome] += 1
         shutil.rmtree(folder/f"case {i}")
-        tell(f"{i + 1:>3}  {fault} {name} ({state}): {wrong or outcome}")
+        report_line(f"{i + 1:>3}  {fault} {name} ({state}): {wrong or outcome}")
     return result

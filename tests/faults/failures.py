@@ -104,7 +104,7 @@ def failed(bases: Bases, state: str, name: str, fault: str, outputs: Path) -> tu
     return "refused in a sentence, then as if nothing had happened" if code else "not needed", ""
 
 
-def campaign(folder: Path, cases=CASES, tell=lambda line: None, bases: Bases|None = None) -> Failures:
+def campaign(folder: Path, cases=CASES, report_line=lambda line: None, bases: Bases|None = None) -> Failures:
     "Every case once."
     result, bases = Failures(), bases or Bases(folder)
     for i, (state, name, fault) in enumerate(cases):
@@ -112,5 +112,5 @@ def campaign(folder: Path, cases=CASES, tell=lambda line: None, bases: Bases|Non
         if wrong: result.wrong.append(f"{fault}, {name} of a {state} store: {wrong}")
         else: result.outcomes[outcome] += 1
         shutil.rmtree(folder/f"failure {i}")
-        tell(f"{i + 1:>3}  {fault}, {name} ({state}): {wrong or outcome}")
+        report_line(f"{i + 1:>3}  {fault}, {name} ({state}): {wrong or outcome}")
     return result

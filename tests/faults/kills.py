@@ -27,7 +27,7 @@ class Kills:
                 + "".join(f"\n  {text}" for text in self.wrong))
 
 
-def campaign(folder, kills, seed=0, methods=METHODS, tell=lambda line: None):
+def campaign(folder, kills, seed=0, methods=METHODS, report_line=lambda line: None):
     "Kill `kills` processes, one to three in each store, each at a random moment; the methods take turns."
     rng, result, expected = random.Random(seed), Kills(), {}
     while result.landed < kills and result.stores < 3 * kills:
@@ -50,7 +50,7 @@ def campaign(folder, kills, seed=0, methods=METHODS, tell=lambda line: None):
         result.stores += 1
         if code != 0: result.wrong.append(f"{method}: exit code {code} after {told}:\n{log.read_text()}")
         elif different := differences(contents(outputs), expected[method].contents): result.wrong.append(f"{method}, killed {told}: {'; '.join(different)}")
-        tell(f"{result.landed:>3} kills  {method}: {'; '.join(told) or 'none landed'}")
+        report_line(f"{result.landed:>3} kills  {method}: {'; '.join(told) or 'none landed'}")
     return result
 
 

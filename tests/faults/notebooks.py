@@ -49,13 +49,13 @@ def started(name: str, parameters: dict) -> str:
     return ""
 
 
-def campaign(tell=lambda line: None) -> list[str]:
+def campaign(report_line=lambda line: None) -> list[str]:
     "All notebooks, one after another."
     found = []
     for name in BAD:
         with tempfile.TemporaryDirectory() as folder: wrong = executed(name, Path(folder))
         found += [wrong] * bool(wrong)
-        tell(f"{name} {BAD[name]}: {wrong or 'refused'}")
+        report_line(f"{name} {BAD[name]}: {wrong or 'refused'}")
     return found
 
 

@@ -33,10 +33,10 @@ def work(outputs: Path) -> None:
     "Train, saving after every batch, and evaluate batch by batch."
     data, store = random_data(), Store(outputs/"runs")
     with patch.object(Store, "every", -1.):
-        store.train(run(), data, tell=lambda line: None)
+        store.train(run(), data, report_line=lambda line: None)
         for column in (Clean(), WhiteBox(PGD(0.05, 1), 0.1)):
             e = replace(evaluation(column, data.info.identity, store.facts(run())["weights"]["last"], examples=12), batch=6)
-            store.evaluate(run(), e, data, tell=lambda line: None)
+            store.evaluate(run(), e, data, report_line=lambda line: None)
 
 
 class Disk:
@@ -93,7 +93,7 @@ class Writes:
                 + "".join(f"\n  {text}" for text in self.wrong))
 
 
-def campaign(folder: Path, each=1, tell=lambda line: None) -> Writes:
+def campaign(folder: Path, each=1, report_line=lambda line: None) -> Writes:
     "Fail at every write in turn, or at `each`-th, once with each code or with the codes in turn; run again, and compare."
     with Disk().used() as disk: work(folder/"whole")
     result, expected = Writes(disk.count), contents(folder/"whole")
@@ -102,7 +102,7 @@ def campaign(folder: Path, each=1, tell=lambda line: None) -> Writes:
             disk = Disk(n, code)
             wrong = one(folder/f"{code}-{n}", disk, expected, result)
             if wrong: result.wrong.append(f"{errno.errorcode[code]} at {n}: {wrong}")
-            tell(f"{errno.errorcode[code]} at write {n}, {disk.failed or 'which was not reached'}: {wrong or 'well'}")
+            report_line(f"{errno.errorcode[code]} at write {n}, {disk.failed or 'which was not reached'}: {wrong or 'well'}")
     return result
 
 
