@@ -20,7 +20,9 @@ from adaptive_at.algorithms.cat import adp_adv, adv_ls, cat, cat_v0, cat_v2
 from adaptive_at.base.identity import to_spec
 from adaptive_at.algorithms.dra import dra_finetune, dra_finetune_constant, madry_dra, trades_dra
 from adaptive_at.algorithms.iaat import iaat, imagenet_iaat, mixup_at
-from adaptive_at.algorithms.baselines import Training, at, daat, fat, mart, natural, trades
+from adaptive_at.algorithms.baselines import Training, at, fat, mart, natural, trades
+from adaptive_at.algorithms.daat import daat
+from adaptive_at.radius import DAAT
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.radius import LinearDAAT, PiecewiseDAAT
 from adaptive_at.algorithms.saat import rice_at, rice_trades, saat, saat_down, saat_up, satrades_up
@@ -34,11 +36,11 @@ EPS = 0.1
 SURE = 100   # factor on the head's first weights: a new head is too unsure of everything to shrink a radius
 METHODS = {
     "natural": natural(), "at": at(EPS), "fat": fat(EPS), "trades": trades(EPS), "mart": mart(EPS),
-    "daat": at(EPS, daat(EPS)), "daat-linear": at(EPS, daat(EPS, rule=LinearDAAT)), "daat-piecewise": at(EPS, daat(EPS, rule=PiecewiseDAAT)),
-    "daat-enlarged": at(EPS, daat(EPS, cap=1.25)), "daat-clipped": at(EPS, daat(EPS, growth="clipped")),
-    "daat-joint": at(EPS, daat(EPS, calibration="joint")), "daat-bn-train": at(EPS, daat(EPS, calibration="bn_train")),
-    "daat-joint-bn-train": at(EPS, daat(EPS, calibration="joint_bn_train")),
-    "daat-fat": fat(EPS, daat(EPS)), "daat-trades": trades(EPS, daat(EPS)), "daat-mart": mart(EPS, daat(EPS)),
+    "daat": daat(EPS), "daat-linear": daat(EPS, rule=LinearDAAT), "daat-piecewise": daat(EPS, rule=PiecewiseDAAT),
+    "daat-enlarged": daat(EPS, cap=1.25), "daat-clipped": daat(EPS, growth="clipped"),
+    "daat-joint": daat(EPS, calibration="joint"), "daat-bn-train": daat(EPS, calibration="bn_train"),
+    "daat-joint-bn-train": daat(EPS, calibration="joint_bn_train"),
+    "daat-fat": fat(EPS, DAAT(EPS)), "daat-trades": trades(EPS, DAAT(EPS)), "daat-mart": mart(EPS, DAAT(EPS)),
     "saat": saat(EPS, 16.), "saat-down": saat_down(EPS), "saat-up": saat_up(EPS), "satrades-up": satrades_up(EPS),
     "at-awp": rice_at(EPS, weights=AT_AWP), "trades-awp": rice_trades(EPS, weights=TRADES_AWP), "saat-up-awp": saat_up(EPS, weights=AT_AWP),
     "iaat": iaat(EPS, warmup=67), "iaat-no-warm": iaat(EPS, warmup=0), "iaat-printed": iaat(EPS, warmup=67, misclassified="printed"), "iaat-imagenet": imagenet_iaat(EPS, steps=3), "mixup-at": mixup_at(EPS),

@@ -19,7 +19,8 @@ from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, Transfer, evaluation
 from adaptive_at.store.transfer import opened
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.parameters import TABLES, check_parameters
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def alone(seed=0, start=None):
     "A run that no table has."
-    return Run("digits", digits().info.identity, NarrowResNet(width_factor=4), at(0.1, daat(0.1), steps=1), Training(epochs=1), Monitor(PGD(0.05, 1), 0.1, 20), train_examples=60, seed=seed, start=start)
+    return Run("digits", digits().info.identity, NarrowResNet(width_factor=4), daat(0.1, steps=1), Training(epochs=1), Monitor(PGD(0.05, 1), 0.1, 20), train_examples=60, seed=seed, start=start)
 
 
 @pytest.fixture(scope="module")

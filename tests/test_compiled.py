@@ -11,7 +11,8 @@ import torch
 from adaptive_at import compiled as module
 from adaptive_at.attacks import PGD, CrossEntropy, gradient
 from adaptive_at.compiled import PASSES, compiled, pays, twin
-from adaptive_at.algorithms.baselines import Training, at, daat, natural, trades
+from adaptive_at.algorithms.baselines import Training, at, natural, trades
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import NETWORKS, NarrowResNet, ResNet18, fingerprint
 from adaptive_at.store.runs import Store
 from adaptive_at.algorithms.saat import rice_at, saat_up
@@ -55,7 +56,7 @@ def as_compiled(r, state): return compiled(state.model, (r.training.batch, 1, 5,
 def as_it_is(r, state): return module._eager()
 
 
-METHODS = {"AT": at(EPS), "AT, train mode": rice_at(EPS), "TRADES": trades(EPS), "natural": natural(), "DAAT, joint": at(EPS, daat(EPS, calibration="joint")), "SAAT": saat_up(EPS), "AWP": rice_at(EPS, weights=AT_AWP)}
+METHODS = {"AT": at(EPS), "AT, train mode": rice_at(EPS), "TRADES": trades(EPS), "natural": natural(), "DAAT, joint": daat(EPS, calibration="joint"), "SAAT": saat_up(EPS), "AWP": rice_at(EPS, weights=AT_AWP)}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -88,7 +89,7 @@ def test_nothing_is_built_again(plain_graphs):
     "Neither short batches nor epochs, modes, folded batch norms or layouts make a new graph."
     from torch._dynamo.utils import counters
     built = []
-    r, data = run(at(EPS, daat(EPS)), epochs=4), random_data(n=20)
+    r, data = run(daat(EPS), epochs=4), random_data(n=20)
     counters.clear()
     with threads(1):
         state = State(r, data)
@@ -186,7 +187,7 @@ class Killed(Exception): pass
 
 def test_a_killed_run_goes_on_the_same_way_to_the_same_weights(tmp_path, monkeypatch, plain_graphs):
     monkeypatch.setattr(module, "pays", lambda run, images, device: True)
-    r, data = run(at(EPS, daat(EPS)), epochs=3), random_data(n=20)
+    r, data = run(daat(EPS), epochs=3), random_data(n=20)
     whole, part = Store(tmp_path/"whole"), Store(tmp_path/"part")
     def report_line(line):
         if "epoch   1" in line: raise Killed

@@ -6,7 +6,8 @@ import torch
 from adaptive_at.data import datasets
 from adaptive_at.attacks import PGD
 from adaptive_at.evaluation import encode_verdicts
-from adaptive_at.algorithms.baselines import Training, at, daat, fat
+from adaptive_at.algorithms.baselines import Training, at, fat
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.papers.table1_daat import TABLE, fixed
 from adaptive_at.tables.plan import TableContext
@@ -20,7 +21,7 @@ EPS = 0.25
 def banks():
     "The banks of four short runs on 300 digits."
     data, found = datasets.load("digits", "data"), {}
-    methods = {"AT": at(EPS), "FAT": fat(EPS), "DAAT": at(EPS, daat(EPS)), "enlarged": at(EPS, daat(EPS, cap=1.25))}
+    methods = {"AT": at(EPS), "FAT": fat(EPS), "DAAT": daat(EPS), "enlarged": daat(EPS, cap=1.25)}
     for name, method in methods.items():
         run = Run("digits", data.info.identity, NarrowResNet(width_factor=8), method, Training(epochs=6, batch=50), Monitor(PGD(0.05, 1), EPS, 10, 6, "val"), train_examples=300)
         with threads(1):

@@ -16,7 +16,8 @@ from adaptive_at.base import rng
 from adaptive_at.attacks import PGD
 from adaptive_at.corruptions import MeanCorruptionError, samples
 from adaptive_at.evaluation import AutoAttack, Clean, Images, WhiteBox, evaluate, evaluation
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import Network, pooled
 from adaptive_at.training import Monitor, Run, State, train
 from helpers import numbers, same
@@ -307,7 +308,7 @@ class Patches(Network):
 
 
 def spec(data, **changes):
-    method = at(EPS, daat(EPS), steps=1)
+    method = daat(EPS, steps=1)
     return ds.replace(Run("imagenet", data.info.identity, Patches(), method, Training(epochs=2, batch=4), Monitor(PGD(EPS, 1), EPS, examples=5),
                           data.info.augment), **changes)
 

@@ -29,7 +29,8 @@ from adaptive_at.base.errors import Busy, UserError
 from adaptive_at.base.files import Heartbeat, locked
 from adaptive_at.data.datasets import CROP_FLIP
 from adaptive_at.evaluation import Column, WhiteBox, evaluate, evaluation
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training, at
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import fingerprint
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.parameters import check_parameters
@@ -85,7 +86,7 @@ class OneLayer3(OneLayer):
 
 def spec(**changes):
     "Four epochs of three batches; the second epoch is the best (asserted below)."
-    return replace(Run("digits", digits().info.identity, OneLayer(), at(0.1, daat(0.1), steps=1), Training(epochs=4, batch=32, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 40), train_examples=96, seed=1), **changes)
+    return replace(Run("digits", digits().info.identity, OneLayer(), daat(0.1, steps=1), Training(epochs=4, batch=32, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 40), train_examples=96, seed=1), **changes)
 
 
 def numbers_of(store, run):

@@ -15,7 +15,9 @@ from adaptive_at.deepfool import DeepFool
 from adaptive_at.algorithms.dra import DRA, Scheduled, dra_finetune, dra_finetune_constant, dra_finetune_mnist, madry_pgd, trades_dra
 from adaptive_at.evaluation import AutoAttack, Transfer, WhiteBox
 from adaptive_at.algorithms.iaat import IAAT, iaat, iaat_baseline, imagenet_baseline, imagenet_iaat, mixup_at
-from adaptive_at.algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, daat, fat, mart, natural, trades, scale_to_eps
+from adaptive_at.algorithms.baselines import FAT_TRAINING, MART_RESNET18, Method, OneCycle, Training, at, fat, mart, natural, trades, scale_to_eps
+from adaptive_at.algorithms.daat import daat
+from adaptive_at.radius import DYNAMIC_RHO
 from adaptive_at.networks import MNISTCNN, NarrowResNet, WideResNet
 from adaptive_at.objectives import MART, TRADES, AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT
@@ -60,16 +62,17 @@ def test_fat(epoch, tau):
 
 
 def test_daat_s_radius():
-    assert daat(EPS) == DAAT(eps=EPS, rho=DYNAMIC_RHO, tau=2., calibration="detach", cap=1., growth="reset")
+    assert daat(EPS) == at(EPS, DAAT(eps=EPS, rho=DYNAMIC_RHO, tau=2., calibration="detach", cap=1., growth="reset")) == at(EPS, DAAT(EPS))
+    assert daat(EPS, steps=3, alpha=0.01, rule=LinearDAAT, tau=3.) == at(EPS, LinearDAAT(EPS, tau=3.), 3, 0.01)
     assert DYNAMIC_RHO == Milestones(at=(0.75, 0.9), values=(0.05, 0.2, 0.3))
-    assert daat(EPS, 0.1, 3., LinearDAAT) == LinearDAAT(EPS, 0.1, 3.) and daat(EPS, rule=PiecewiseDAAT) == PiecewiseDAAT(EPS, DYNAMIC_RHO, 2.)
-    assert daat(EPS, cap=1.25, growth="clipped", calibration="joint") == DAAT(EPS, DYNAMIC_RHO, 2., "joint", 1.25, "clipped")
+    assert PiecewiseDAAT(EPS) == PiecewiseDAAT(EPS, DYNAMIC_RHO, 2.)
+    assert DAAT(EPS, cap=1.25, growth="clipped", calibration="joint") == DAAT(EPS, DYNAMIC_RHO, 2., "joint", 1.25, "clipped")
 
 
 CHOICES = {
-    "DAAT: calibration": (lambda x: daat(EPS, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
-    "LinearDAAT: calibration": (lambda x: daat(EPS, rule=LinearDAAT, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
-    "DAAT: growth": (lambda x: daat(EPS, growth=x), "'reset' or 'clipped'"),
+    "DAAT: calibration": (lambda x: DAAT(EPS, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
+    "LinearDAAT: calibration": (lambda x: LinearDAAT(EPS, calibration=x), "'detach', 'bn_train', 'joint' or 'joint_bn_train'"),
+    "DAAT: growth": (lambda x: DAAT(EPS, growth=x), "'reset' or 'clipped'"),
     "PGD: mode": (lambda x: PGD(mode=x), "'eval' or 'train'"), "PGD: success": (lambda x: PGD(success=x), "'last' or 'any'"),
     "FriendlyPGD: mode": (lambda x: replace(fat(EPS).attack, mode=x), "'eval' or 'train'"),
     "DeepFool: mode": (lambda x: DeepFool(mode=x), "'eval' or 'train'"),
@@ -101,7 +104,7 @@ def test_an_attack_that_has_but_one_success_refuses_the_other(attack):
 
 
 RADII = {
-    "at": at, "at, step given": lambda e: at(e, alpha=0.01), "fat": fat, "trades": trades, "mart": mart, "at, DAAT": lambda e: at(EPS, daat(e)), "at, fixed": lambda e: at(EPS, Fixed(e)),
+    "at": at, "at, step given": lambda e: at(e, alpha=0.01), "fat": fat, "trades": trades, "mart": mart, "at, DAAT": lambda e: at(EPS, DAAT(e)), "at, fixed": lambda e: at(EPS, Fixed(e)),
     "rice_at": rice_at, "rice_trades": rice_trades, "saat": saat, "saat_down": saat_down, "saat_up": saat_up, "satrades_up": satrades_up,
     "iaat": iaat, "iaat_baseline": iaat_baseline, "iaat_baseline, step given": lambda e: iaat_baseline(e, 0.01), "mixup_at": mixup_at, "imagenet_iaat": imagenet_iaat, "imagenet_baseline": imagenet_baseline,
     "cat": cat, "cat_v0": cat_v0, "cat_v2": cat_v2, "adv_ls": adv_ls, "adp_adv": adp_adv,
@@ -142,7 +145,7 @@ def test_a_radius_that_is_not_the_l_inf_balls_may_be_larger():
 def test_what_is_no_radius_rule_is_refused(make, radius):
     "The second place of a baseline is the rule's, and not the step's or beta's."
     with pytest.raises(UserError) as e: make(EPS, radius)
-    assert str(e.value) == f"Method: radius is {radius!r}; it must be a radius rule, such as daat(eps) or Fixed(eps)."
+    assert str(e.value) == f"Method: radius is {radius!r}; it must be a radius rule, such as DAAT(eps) or Fixed(eps)."
 
 
 STEPPED = Milestones(at=(0.5,), values=(0.1, -1.))
@@ -158,8 +161,8 @@ STEPPED = Milestones(at=(0.5,), values=(0.1, -1.))
     (lambda: CATAttack(eta=-0.1), "CATAttack: eta is -0.1; it must be a number from 0 on."), (lambda: CATAttack(cap=-0.1), "CATAttack: cap is -0.1; it must be a number from 0 on."),
     (lambda: DRA(steps=0), "DRA: steps is 0; it must be a whole number from 1 on."), (lambda: DRA("x"), "DRA: p is 'x'; it is a share of the pixels, from 0 to 1."),
     (lambda: Monitor(PGD(), EPS, -1), "Monitor: examples is -1; it must be a whole number from 0 on."), (lambda: Monitor(PGD(), EPS, every=0), "Monitor: every is 0; it must be a whole number from 1 on."),
-    (lambda: daat(EPS, rho=-1., tau=0), "DAAT: rho is -1.0; it must be a number from 0 on."), (lambda: daat(EPS, rho=STEPPED), "DAAT: rho is -1.0; it must be a number from 0 on."),
-    (lambda: daat(EPS, tau=0, rule=LinearDAAT), "LinearDAAT: tau is 0; it must be a number from 1e-06 on."), (lambda: daat(EPS, cap=-1.), "DAAT: cap is -1.0; it must be a number from 0 on."),
+    (lambda: DAAT(EPS, rho=-1., tau=0), "DAAT: rho is -1.0; it must be a number from 0 on."), (lambda: DAAT(EPS, rho=STEPPED), "DAAT: rho is -1.0; it must be a number from 0 on."),
+    (lambda: LinearDAAT(EPS, tau=0), "LinearDAAT: tau is 0; it must be a number from 1e-06 on."), (lambda: DAAT(EPS, cap=-1.), "DAAT: cap is -1.0; it must be a number from 0 on."),
     (lambda: IAAT(EPS, PGD(), -1.), "IAAT: gamma is -1.0; it must be a number from 0 on."), (lambda: iaat(EPS, beta=-0.1), "IAAT: beta is -20.0; it must be a number from 0 on."),
     (lambda: CAT(EPS, eta=-1.), "CAT: eta is -1.0; it must be a number from 0 on."),
     (lambda: Training(epochs=0), "Training: epochs is 0; it must be a whole number from 1 on."), (lambda: Training(epochs=1.5), "Training: epochs is 1.5; it must be a whole number from 1 on."),
@@ -178,14 +181,14 @@ def test_a_number_that_cannot_be_is_refused_at_once(make, sentence):
 
 def test_numbers_that_can_be_are_not():
     assert StrengthAdaptivePGD(0.1, 0, K=0, stages=()).steps == 0 and PGD(None).alpha is None and PGD(0., 1).alpha == 0 and CATAttack(cap=None).cap is None
-    assert at(EPS, alpha=0.).attack.alpha == 0. and Training(lr=0.).lr == 0 and daat(EPS, rho=0., tau=1).tau == 1
+    assert at(EPS, alpha=0.).attack.alpha == 0. and Training(lr=0.).lr == 0 and DAAT(EPS, rho=0., tau=1).tau == 1
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("eps", [EPS, 0.25])
 def test_daat_s_version_of_a_baseline_differs_in_the_radius_rule_only(name, eps):
-    ours, baseline = BASELINES[name](eps, radius=daat(eps)), BASELINES[name](eps)
-    assert ours.radius == daat(eps) and baseline.radius == Fixed(eps)
+    ours, baseline = BASELINES[name](eps, radius=DAAT(eps)), BASELINES[name](eps)
+    assert ours.radius == DAAT(eps) and baseline.radius == Fixed(eps)
     assert replace(ours, radius=baseline.radius) == baseline
     assert to_spec(replace(ours, radius=baseline.radius)) == to_spec(baseline)
 
@@ -209,7 +212,7 @@ def flat(value, at=""):
 @pytest.mark.parametrize("name", [*BASELINES, "daat"])
 @pytest.mark.parametrize("eps", [8/255, 0.25, 0.3])
 def test_what_carries_the_unit_of_eps_keeps_its_ratio(name, eps):
-    make = (lambda e: at(e, daat(e, cap=1.25))) if name == "daat" else BASELINES[name]
+    make = (lambda e: daat(e, cap=1.25)) if name == "daat" else BASELINES[name]
     there, here = (flat(to_spec(in_units(make(e), e))) for e in (EPS, eps))
     number = lambda v: isinstance(v, float)
     assert {k: v for k, v in there.items() if not number(v)} == {k: v for k, v in here.items() if not number(v)}

@@ -17,7 +17,9 @@ from adaptive_at.algorithms.cat import cat_v2
 from adaptive_at.base.identity import foreign_modules, from_spec, spec_hash, to_spec
 from adaptive_at.base.files import write_json
 from adaptive_at.algorithms.iaat import iaat, imagenet_iaat, mixup_at
-from adaptive_at.algorithms.baselines import Training, at, daat, mart
+from adaptive_at.algorithms.baselines import Training, at, mart
+from adaptive_at.algorithms.daat import daat
+from adaptive_at.radius import DAAT
 from adaptive_at.networks import MNISTCNN, NarrowResNet
 from adaptive_at.jobs.distributed import DDPTeam, check_processes, launched, why_not_distributed
 from adaptive_at.papers.table1_daat import TABLE
@@ -43,9 +45,9 @@ def spec(method, network=SMALL, epochs=2, examples=201, batch=25, **changes):
 
 RUNS = {
     "at": spec(at(EPS, steps=3)),
-    "daat": spec(at(EPS, daat(EPS, rho=0.005), steps=3)),
+    "daat": spec(daat(EPS, rho=0.005, steps=3)),
     "iaat": spec(iaat(EPS, warmup=66), epochs=3),   # of 200: one of the three epochs
-    "mart, joint, awp, dropout": spec(replace(mart(EPS, daat(EPS, rho=0.005, calibration="joint"), steps=3), weights=AWP(0.01, 0.01)), replace(SMALL, dropout=0.3)),
+    "mart, joint, awp, dropout": spec(replace(mart(EPS, DAAT(EPS, rho=0.005, calibration="joint"), steps=3), weights=AWP(0.01, 0.01)), replace(SMALL, dropout=0.3)),
     "cat": spec(cat_v2(EPS)),              # its hinge is a sum over the batch
 }
 

@@ -21,7 +21,8 @@ from adaptive_at.base.identity import spec_hash, to_spec
 from adaptive_at.base.files import user_path
 from adaptive_at.corruptions import Corruption
 from adaptive_at.evaluation import Clean, evaluation
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.tables.parameters import COMMON, check_parameters
 from adaptive_at.training import Monitor, Run, State
 
@@ -71,7 +72,7 @@ def test_the_benchmark_takes_them_too(tmp_path):
 
 def spec(seed=0, epochs=2, eps=0.1, steps=1, number=float, whole=int):
     data = random_data()
-    method = at(number(eps), daat(number(eps), rho=Milestones((number(0.5),), (number(0.1), number(0.2)))), steps=whole(steps))
+    method = daat(number(eps), rho=Milestones((number(0.5),), (number(0.1), number(0.2))), steps=whole(steps))
     return Run("random", data.info.identity, OneLayer(), method, Training(epochs=whole(epochs), batch=whole(8), lr=number(0.5)), Monitor(PGD(number(0.1), whole(1)), number(eps), whole(4)), seed=whole(seed))
 
 

@@ -12,7 +12,8 @@ from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import PGD, NoAttack
 from adaptive_at.base.schedules import resolve_schedules
 from adaptive_at.data.datasets import Batch
-from adaptive_at.algorithms.baselines import Method, Training, at, daat
+from adaptive_at.algorithms.baselines import Method, Training, at
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import AdversarialCE
 from adaptive_at.radius import DAAT, Fixed, LinearDAAT, PiecewiseDAAT, RadiusRule, RuleContext, overstep
@@ -140,7 +141,7 @@ def test_overstep_lies_in_0_1_and_is_0_where_the_head_is_right(logits, tau):
 @pytest.mark.parametrize("epoch, rho", [(1, 0.05), (74, 0.05), (75, 0.2), (89, 0.2), (90, 0.3), (100, 0.3)])
 def test_rho_changes_at_the_papers_epochs(epoch, rho):
     "DAAT section 6.1, epochs counted from 1."
-    method = at(EPS, daat(EPS))
+    method = daat(EPS)
     assert resolve_schedules(method, epoch - 1, 100).radius == DAAT(EPS, rho, 2.)
     assert resolve_schedules(method, epoch - 1, 100).attack == method.attack
     if epoch % 5 == 0: assert resolve_schedules(method, epoch // 5 - 1, 20).radius.rho == rho   # the same fractions of a shorter run
@@ -166,7 +167,7 @@ ALL = ["detach", "bn_train", "joint", "joint_bn_train"]
 @pytest.mark.parametrize("calibration", ALL)
 def test_the_head_takes_textbook_sgd_steps_on_natural_images(calibration):
     momentum, decay, model = 0.9, 5e-2, narrow().train()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     bank = rule.bank(setting(model, momentum=momentum, weight_decay=decay), key=3)
     weight, bias = bank.head.weight.detach().clone(), bank.head.bias.detach().clone()
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
@@ -192,14 +193,14 @@ def test_the_head_takes_textbook_sgd_steps_on_natural_images(calibration):
 @pytest.mark.parametrize("calibration", ["detach", "bn_train"])
 def test_only_joint_calibration_adds_a_loss(calibration):
     model = narrow().train()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     assert rule.extra_loss(rule.bank(setting(model)), batch_of(), model) is None
 
 
 @pytest.mark.parametrize("calibration", ["joint", "joint_bn_train"])
 def test_the_joint_loss_trains_the_features_alone(calibration):
     model = narrow().train()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     bank = rule.bank(setting(model))
     rule.extra_loss(bank, batch_of(), model).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.body.parameters())
@@ -210,7 +211,7 @@ def test_the_joint_loss_trains_the_features_alone(calibration):
 def test_joint_is_the_head_s_own_loss_not_detached(calibration, mode):
     "RECIPES 2.4: joint is (a) not detached: the loss that steps the head, of the head before its step, in eval mode."
     model, batch = narrow().train(), batch_of()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     bank = rule.bank(setting(model))
     bank.learning_rate(20.)   # large, so that the head before its step differs from the head after it
     reference, head = copy.deepcopy(model), copy.deepcopy(bank.head)
@@ -234,7 +235,7 @@ def test_batch_norm_sees_what_the_variant_says(calibration):
 
     RECIPES 2.4: (a) and (d) run in eval mode, in `joint` too; that the statistics mix is what `bn_train` is for."""
     model, batch = narrow().train(), batch_of()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     bank, method = rule.bank(setting(model)), Method(rule, Shift(), AdversarialCE())
     reference = copy.deepcopy(model)
     train_step(method, model, bank, torch.optim.SGD(model.parameters(), 0.1), batch, noise(6))
@@ -249,7 +250,7 @@ def test_batch_norm_sees_what_the_variant_says(calibration):
 def test_one_step_moves_the_weights_by_the_right_gradient(calibration):
     "detach and bn_train: the adversarial loss alone."
     model, batch = narrow().train(), batch_of()
-    rule = daat(EPS, 0.05, calibration=calibration)
+    rule = DAAT(EPS, 0.05, calibration=calibration)
     bank, reference = rule.bank(setting(model)), copy.deepcopy(model)
     train_step(Method(rule, Shift(), AdversarialCE()), model, bank, torch.optim.SGD(model.parameters(), 0.1), batch, noise(6))
     gradients = torch.autograd.grad(F.cross_entropy(reference((batch.x + 0.3).clamp(0, 1)), batch.y), list(reference.parameters()))
@@ -288,7 +289,7 @@ def told_bank(rule, n):
 def told_s(n, tau): return torch.tensor([0.] + [(math.exp(i / 10 / tau) - 1) / (math.exp(i / 10 / tau) + 1) for i in range(1, n)])
 
 
-STILL = Method(daat(EPS, 0.05), NoAttack(), AdversarialCE())
+STILL = Method(DAAT(EPS, 0.05), NoAttack(), AdversarialCE())
 
 
 def epoch_of(method, bank, split, key, subset=None, size=7):
@@ -307,7 +308,7 @@ def by_hand(rule, eps, s): return torch.where(s == 0, rule.cap * EPS, (rule.rho 
 
 @pytest.mark.parametrize("cap", [1., 1.25])
 def test_each_radius_follows_its_own_example_through_shuffled_batches(cap):
-    n, rule = 25, daat(EPS, 0.3, cap=cap)
+    n, rule = 25, DAAT(EPS, 0.3, cap=cap)
     bank, split = told_bank(rule, n), told_split(n)
     eps, s = torch.full((n,), EPS), told_s(n, 2.)
     for epoch in range(3):
@@ -319,7 +320,7 @@ def test_each_radius_follows_its_own_example_through_shuffled_batches(cap):
 
 
 def test_only_visited_examples_move():
-    n, rule = 25, daat(EPS, 0.05)
+    n, rule = 25, DAAT(EPS, 0.05)
     bank, split = told_bank(rule, n), told_split(n)
     subset = torch.tensor([3, 24, 8, 9, 10])
     epoch_of(replace(STILL, radius=rule), bank, split, key=0, subset=subset, size=2)
@@ -331,7 +332,7 @@ def test_only_visited_examples_move():
 @pytest.mark.parametrize("kind", [*RULES, Fixed])
 def test_a_bank_goes_on_from_its_saved_state(kind, tmp_path):
     "Radii, head and the head's momentum: after loading, the next steps are the same to the bit."
-    rule = Fixed(EPS) if kind is Fixed else daat(EPS, 0.05, rule=kind)
+    rule = Fixed(EPS) if kind is Fixed else kind(EPS, 0.05)
     def run(bank, steps):
         model = narrow().train()
         for t in steps:
@@ -353,7 +354,7 @@ def test_a_bank_goes_on_from_its_saved_state(kind, tmp_path):
 
 
 def test_the_head_s_first_weights_come_from_the_key_and_no_generator_moves():
-    rule, before = daat(EPS), torch.get_rng_state()
+    rule, before = DAAT(EPS), torch.get_rng_state()
     a, b, c = (rule.bank(RuleContext(3, 4, 5), key).head.weight for key in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
 
@@ -370,7 +371,7 @@ def test_a_fixed_radius_never_moves():
 
 def test_daat_judges_the_adversary_with_the_new_weights_and_the_new_head():
     "RECIPES 2.4: s_i after the step of f and g, on x', in eval mode, with c after its own step."
-    model, batch, rule = narrow().train(), batch_of(), daat(EPS, 1e-3)   # so small a margin that all the radii shrink
+    model, batch, rule = narrow().train(), batch_of(), DAAT(EPS, 1e-3)   # so small a margin that all the radii shrink
     bank = rule.bank(setting(model))
     bank.learning_rate(0.5)
     old, old_head, adversaries = copy.deepcopy(model), copy.deepcopy(bank.head), (batch.x + 0.3).clamp(0, 1)

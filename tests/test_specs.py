@@ -11,7 +11,8 @@ from adaptive_at.base.schedules import Milestones, Ramp
 from adaptive_at.base.errors import UserError
 from adaptive_at.base.identity import foreign_modules, from_spec, to_spec
 from adaptive_at.base.files import write_json
-from adaptive_at.algorithms.baselines import at, daat
+from adaptive_at.algorithms.baselines import at
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.jobs.distributed import why_not_distributed
 from adaptive_at.radius import Fixed
 from adaptive_at.store.runs import Store
@@ -126,7 +127,7 @@ def test_a_spec_that_is_nested_without_end_is_a_sentence():
 
 def test_schedules_may_stand_for_numbers():
     for value in (Milestones((0.5,), (0.1, 0.2)), Ramp(0.1, 0.2)):
-        run = spec(at(EPS, daat(EPS, rho=value)))
+        run = spec(daat(EPS, rho=value))
         assert from_spec(json.loads(json.dumps(to_spec(run)))) == run
 
 

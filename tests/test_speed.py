@@ -8,7 +8,8 @@ import torch
 from adaptive_at.tables import plan as plans
 from adaptive_at.attacks import PGD
 from adaptive_at.data.datasets import DIGITS
-from adaptive_at.algorithms.baselines import Training, at, daat, natural, trades
+from adaptive_at.algorithms.baselines import Training, at, natural, trades
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import NarrowResNet
 from adaptive_at.tables.parameters import check_parameters
 from adaptive_at.tables.plan import Cost
@@ -40,7 +41,7 @@ def test_memory_is_kept_for_the_next_pass():
 
 def test_an_epoch_costs_its_passes_of_both_kinds():
     cost = Cost(attack=1., update=10., judging=3.)
-    assert [cost.epoch(m, 3) / 3 for m in (natural(), at(0.1), at(0.1, daat(0.1)), trades(0.1), replace(at(0.1), weights=AT_AWP))] == [10, 20, 21, 30, 30]
+    assert [cost.epoch(m, 3) / 3 for m in (natural(), at(0.1), daat(0.1), trades(0.1), replace(at(0.1), weights=AT_AWP))] == [10, 20, 21, 30, 30]
     run = Run("digits", "", NarrowResNet(), at(0.1), Training(epochs=4), Monitor(PGD(0.1, 4), 0.1, examples=60, every=2), train_examples=100)
     assert cost.run(run, DIGITS) == 4 * (100 * 20 + (2 * 60 + 60) * 5 / 2 * 3)   # training, validation and test part; four steps and the natural pass, in fp32
 

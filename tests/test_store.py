@@ -17,7 +17,8 @@ from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import Unreadable, UserError
 from adaptive_at.base.files import write_json
 from adaptive_at.evaluation import Clean, evaluation
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.networks import NarrowResNet, fingerprint
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.store.runs import Store
@@ -80,7 +81,7 @@ def test_a_table_without_its_surrogate_s_row_leaves_the_column_out(tmp_path):
 # Damaged files. The run of seed 4 has its best epoch in the middle, so that neither of the two kept states holds those weights.
 
 def tiny(seed=4):
-    return Run("digits", digits().info.identity, NarrowResNet(width_factor=4), at(0.1, daat(0.1), steps=1), Training(epochs=4, batch=32, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 40), train_examples=96, seed=seed)
+    return Run("digits", digits().info.identity, NarrowResNet(width_factor=4), daat(0.1, steps=1), Training(epochs=4, batch=32, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 40), train_examples=96, seed=seed)
 
 
 @pytest.fixture(scope="module")

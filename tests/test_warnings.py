@@ -12,7 +12,8 @@ from adaptive_at.attacks import FGSM, PGD, CrossEntropy, restarted
 from adaptive_at.base.errors import UserError
 from adaptive_at.algorithms.dra import DRA
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation, decode_verdicts
-from adaptive_at.algorithms.baselines import at, daat, natural
+from adaptive_at.algorithms.baselines import at, natural
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.plan import Row
 from adaptive_at.store.runs import Store
@@ -67,7 +68,7 @@ class Helpful(CrossEntropy):
 def warned(tmp_path_factory):
     "A table with a row for each network: (row, column) -> warning."
     columns = lambda p: {"natural": Clean(), "PGD-10": WhiteBox(PGD(p.eps / 4, 10), p.eps), "PGD-20, tiny steps": WhiteBox(PGD(1e-4, 20), p.eps), "AA": AutoAttack(p.eps), "help": Transfer(PGD(p.eps / 4, 10, Helpful()), p.eps, "sound"), "transfer": Transfer(PGD(p.eps / 4, 10), p.eps, "sound")}
-    rows = lambda p: {name: Row(natural(), network=name) for name in FLAWED} | {"robust": at(p.eps, steps=4), "stuck": at(p.eps, daat(p.eps, rho=1.), steps=1)}
+    rows = lambda p: {name: Row(natural(), network=name) for name in FLAWED} | {"robust": at(p.eps, steps=4), "stuck": daat(p.eps, rho=1., steps=1)}
     table = replace(TABLE, rows=rows, columns=columns, more_columns=lambda p: {}, extra_rows=lambda p: {}, extra_columns=lambda p: {}, figures={}, stand_ins={n: n for n in FLAWED})
     with tiny(), pytest.MonkeyPatch.context() as m:
         for name, n in FLAWED.items(): m.setitem(networks.NETWORKS, name, n)

@@ -33,7 +33,9 @@ from ..data.datasets import Batch, Dataset
 from ..evaluation import AutoAttack, Clean, WhiteBox, evaluate, evaluation
 from ..figures import GREY, PALETTE, Html, figure_style, styled, tag, tidy
 from ..algorithms.iaat import iaat
-from ..algorithms.baselines import Method, Training, at, daat, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.baselines import Method, Training, at, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.daat import daat
+from ..radius import DAAT
 from ..networks import NETWORKS, Classifier, Network, approve_folding, folded, frozen, in_mode, network
 from ..tables.parameters import COMMON, Parameter, checked, listed, refuse_unknown
 from ..tables.plan import flops, measured_cost, check_device
@@ -247,7 +249,7 @@ def random_task(net: Network, batch: int, steps: int, device: torch.device, shap
 def methods(task: Task) -> dict[str, Method]:
     "The methods of the steps' part, with the task's radius, step size and number of steps."
     def told(method: Method) -> Method: return replace(method, attack=replace(method.attack, alpha=task.alpha, steps=task.steps))
-    return {'AT': told(at(task.eps)), 'TRADES': told(trades(task.eps)), 'DAAT': told(at(task.eps, daat(task.eps, rho=0.05)))}
+    return {'AT': told(at(task.eps)), 'TRADES': told(trades(task.eps)), 'DAAT': told(daat(task.eps, rho=0.05))}
 
 
 def our_step(task: Task, method: Method, precision: str = 'fp32', weights: dict|None = None, held: ExitStack|None = None) -> Callable[[], Tensor]:
@@ -373,7 +375,7 @@ def small_task(bench: Bench, batch: int = 128, steps: int = 10) -> Task:
 
 def compared(eps: float) -> dict[str, Method]:
     "Methods whose steps are compared, in the middle of their training."
-    all_ = {'AT': at(eps), 'DAAT': at(eps, daat(eps)), 'FAT': fat(eps), 'IAAT': iaat(eps), 'SAAT': saat_up(eps), 'CAT': cat(eps), 'TRADES': trades(eps), 'DAAT-TRADES': trades(eps, daat(eps)), 'MART': mart(eps)}
+    all_ = {'AT': at(eps), 'DAAT': daat(eps), 'FAT': fat(eps), 'IAAT': iaat(eps), 'SAAT': saat_up(eps), 'CAT': cat(eps), 'TRADES': trades(eps), 'DAAT-TRADES': trades(eps, DAAT(eps)), 'MART': mart(eps)}
     return {name: resolve_schedules(method, 60, 120) for name, method in all_.items()}
 
 

@@ -14,12 +14,14 @@ from ..algorithms.dra import FINE_TUNE, dra_finetune
 from ..evaluation import AutoAttack, Clean, WhiteBox
 from ..tables.frontier import cost, draw, front
 from ..algorithms.iaat import iaat
-from ..algorithms.baselines import Training, at, daat, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.baselines import Training, at, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.daat import daat
+from ..radius import DAAT
 from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 from ..algorithms.saat import saat_up
 
 def rows(p):
-    radius = daat(p.eps)
+    radius = DAAT(p.eps)
     return {
         'Natural':     natural(),
         'AT':          at(p.eps),
@@ -35,7 +37,7 @@ def rows(p):
     }
 
 def extra_rows(p):
-    def ours(**changes): return at(p.eps, daat(p.eps, **changes))
+    def ours(**changes): return daat(p.eps, **changes)
     return {
         'DAAT, joint':                   ours(calibration='joint'),
         'DAAT, bn_train':                ours(calibration='bn_train'),

@@ -9,12 +9,14 @@ __all__ = ['RHOS', 'TAUS', 'TABLE', 'rows', 'fixed', 'extra_rows', 'columns', 'e
 # %% ../../nbs/table1_daat.ipynb #6f15b1d2
 from ..attacks import FGSM, Margin, PGD, UniformStart
 from ..evaluation import AutoAttack, Clean, Transfer, WhiteBox
-from ..algorithms.baselines import DYNAMIC_RHO, FAT_TRAINING, MART_RESNET18, Training, at, daat, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.baselines import FAT_TRAINING, MART_RESNET18, Training, at, fat, mart, natural, trades, scale_to_eps
+from ..algorithms.daat import daat
+from ..radius import DAAT, DYNAMIC_RHO
 from ..radius import LinearDAAT, PiecewiseDAAT
 from ..tables.plan import FigureInputs, PaperBlock, Plan, Recipe, Row, Table
 
 def rows(p):
-    radius = daat(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.))
+    radius = DAAT(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.))
     return {
         'Natural':     natural(),
         'Standard AT': at(p.eps),
@@ -31,7 +33,7 @@ RHOS, TAUS = (0.01, 0.05, 0.1, 0.2, 0.4), (1, 2, 3)
 def fixed(rho, tau): return f'DAAT, rho {rho}, tau {tau}'
 
 def extra_rows(p):  # for the figures and the variants at the end
-    def ours(**changes): return at(p.eps, daat(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.), **changes))
+    def ours(**changes): return daat(p.eps, p.get('rho', DYNAMIC_RHO), p.get('tau', 2.), **changes)
     return {
         'Enlarged DAAT':   ours(cap=1.25),
         'Piecewise DAAT':  ours(rule=PiecewiseDAAT),
@@ -40,7 +42,7 @@ def extra_rows(p):  # for the figures and the variants at the end
         'DAAT, bn_train':  ours(calibration='bn_train'),
         'DAAT, clipped':   ours(growth='clipped'),
         **{f'AT, {k}/8 eps': at(p.eps * k / 8) for k in (2, 4, 6)},
-        **{fixed(rho, tau): at(p.eps, daat(p.eps, rho, float(tau))) for rho in RHOS for tau in TAUS},
+        **{fixed(rho, tau): daat(p.eps, rho, float(tau)) for rho in RHOS for tau in TAUS},
     }
 
 def columns(p):

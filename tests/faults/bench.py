@@ -19,7 +19,8 @@ from adaptive_at.algorithms.cat import cat
 from adaptive_at.base.errors import UserError
 from adaptive_at.algorithms.dra import dra_finetune
 from adaptive_at.algorithms.iaat import iaat
-from adaptive_at.algorithms.baselines import at, daat, fat, mart, natural, trades
+from adaptive_at.algorithms.baselines import at, fat, mart, natural, trades
+from adaptive_at.radius import DAAT
 from adaptive_at.papers.table1_daat import TABLE
 from adaptive_at.tables.plan import PRESETS, Row
 from adaptive_at.store.runs import Store
@@ -33,7 +34,7 @@ SIZE = dict(preset="quick", device="cpu", eps=0.25, epochs=3, train_examples=96,
 
 
 def rows(p):
-    moving = daat(p.eps, rho=0.005)   # so small a margin that the radii move at once
+    moving = DAAT(p.eps, rho=0.005)   # so small a margin that the radii move at once
     return {"Natural": natural(), "DAAT": at(p.eps, moving, steps=3), "DAAT-TRADES": trades(p.eps, moving, steps=3), "MART": mart(p.eps, steps=3), "FAT": fat(p.eps, steps=3),
             "SAAT_up with AWP": saat_up(p.eps, weights=AT_AWP), "IAAT": iaat(p.eps, warmup=67), "CAT": cat(p.eps), "DRA": Row(dra_finetune(p.eps), start="Natural")}
 

@@ -12,7 +12,8 @@ import torch
 from adaptive_at.attacks import PGD
 from adaptive_at.base.errors import UserError
 from adaptive_at.evaluation import Clean, WhiteBox, evaluation
-from adaptive_at.algorithms.baselines import Training, at, daat
+from adaptive_at.algorithms.baselines import Training
+from adaptive_at.algorithms.daat import daat
 from adaptive_at.store.runs import Store
 from adaptive_at.training import Monitor, Run
 from helpers import OneLayer, contents, random_data
@@ -26,7 +27,7 @@ class Layer5(OneLayer):
     def parts(self, channels): return super().parts(channels)[0], 8 * 9
 
 
-def run(): return Run("random", random_data().info.identity, Layer5(), at(0.1, daat(0.1, rho=0.005), steps=1), Training(epochs=2, batch=8, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 8))
+def run(): return Run("random", random_data().info.identity, Layer5(), daat(0.1, rho=0.005, steps=1), Training(epochs=2, batch=8, lr=0.3), Monitor(PGD(0.05, 1), 0.1, 8))
 
 
 def work(outputs: Path) -> None:
