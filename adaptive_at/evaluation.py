@@ -267,7 +267,7 @@ def evaluate(
     source: nn.Module|None = None,   # the surrogate, for transfer
     saved: dict|None = None,         # an interrupted evaluation's progress
     save: Callable[[dict], None] = lambda progress: None
-) -> dict:                           # plain values: accuracy, n, verdicts, facts for `doubts`
+) -> dict:                           # plain values: accuracy, n, verdicts, facts for `warnings`
     "Run an evaluation: eager, fp32, eval mode, on a model that is the same afterwards."
     split = data.train if e.column.part == 'train' else data.test
     index = balanced(split.y, e.examples)[:getattr(e.column, 'limit', 0) or None]  # fewer examples are always the first of more

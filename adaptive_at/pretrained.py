@@ -17,7 +17,7 @@ from torch import Tensor
 from .base.errors import Unreadable, UserError
 from .base.files import user_path
 from .data.datasets import Dataset, DatasetInfo
-from .tables.warnings import doubts
+from .tables.warnings import cell_warnings
 from .evaluation import Column, evaluate, evaluation, interval
 from .store.transfer import opened
 from .networks import Classifier, Network
@@ -183,7 +183,7 @@ def scored(
     lines = {}
     for label, result in results.items():
         low, high = interval(result)
-        warning = '; '.join(doubts(label, columns, results))
+        warning = '; '.join(cell_warnings(label, columns, results))
         lines[label] = {'accuracy': result['accuracy'], 'low': low, 'high': high, 'n': result['n'], 'warning': warning}
         if warning: report_line(f'⚠ {label}: {warning}.')
     return pd.DataFrame.from_dict(lines, orient='index')

@@ -9,7 +9,7 @@ from adaptive_at.attacks import FGSM, PGD, Margin
 from adaptive_at.base.errors import UserError
 from adaptive_at.deepfool import DeepFool
 from adaptive_at.algorithms.dra import DRA
-from adaptive_at.tables.warnings import doubts, of_facts
+from adaptive_at.tables.warnings import cell_warnings, fact_warnings
 from adaptive_at.evaluation import AutoAttack, Clean, Transfer, WhiteBox, evaluate, evaluation
 from adaptive_at.store.audit import _accuracy
 from adaptive_at.masking import attacked_gradients
@@ -61,7 +61,7 @@ def test_the_share_that_stands_without_a_gradient_is_said():
     def third(grad, x): return torch.where((x.mean((1, 2, 3)) > 0.33).view(-1, 1, 1, 1), torch.nan, grad)
     result = evaluate(evaluation(COLUMNS["PGD-20"], "", "", examples=150), before(lambda x: Backward.apply(x, third)), digits())
     assert 0.02 < result["stuck"] < 0.5 and 0 < result["nonfinite_gradients"] < 0.7 and result["zero_gradients"] == 0.
-    assert f"{100 * result['stuck']:.0f}% of the images stand where" in "".join(of_facts(result))
+    assert f"{100 * result['stuck']:.0f}% of the images stand where" in "".join(fact_warnings(result))
 
 
 def test_scored_prints_what_it_says_and_neighbours_are_compared(capsys):
@@ -74,19 +74,19 @@ def test_scored_prints_what_it_says_and_neighbours_are_compared(capsys):
 
 def test_old_evaluations_say_nothing_new():
     old = {"accuracy": 50., "n": 4, "standing": "1100", "randomised": 0., "zero_gradients": 0.}
-    assert doubts("PGD-20", COLUMNS, {"PGD-20": old}) == [] and doubts("natural", COLUMNS, {"natural": {"accuracy": 50., "n": 4, "standing": "1100"}}) == []
+    assert cell_warnings("PGD-20", COLUMNS, {"PGD-20": old}) == [] and cell_warnings("natural", COLUMNS, {"natural": {"accuracy": 50., "n": 4, "standing": "1100"}}) == []
 
 
 @pytest.mark.parametrize("column", [WhiteBox(DRA(), 0.03), WhiteBox(PGD(EPS / 4, 4, success="any"), EPS, 3), WhiteBox(PGD(EPS / 4, 4), EPS, part="train"), WhiteBox(PGD(EPS / 4, 4), 0.), Transfer(PGD(EPS / 4, 4), EPS, "x"),
                                     AutoAttack(EPS, limit=30)], ids=lambda c: type(c).__name__)
 def test_other_columns_of_a_sound_network_are_silent(column):
     with short_autoattack(): result = evaluate(evaluation(column, "", "", examples=60), robust(), digits(), natural() if isinstance(column, Transfer) else None)
-    assert of_facts(result) == []
+    assert fact_warnings(result) == []
 
 
 def test_a_surrogate_without_gradient_is_marked():
     result = evaluate(evaluation(Transfer(PGD(EPS / 4, 4), EPS, "x"), "", "", examples=60), robust(), digits(), MASKED["rounded images"]())
-    assert any("zero gradients at 100%" in text for text in of_facts(result))
+    assert any("zero gradients at 100%" in text for text in fact_warnings(result))
 
 
 # At the door
@@ -165,4 +165,4 @@ def test_a_step_that_goes_past_the_top_is_no_masking(attack):
     "Random noise gets nearer to the boundary than a few long steps do; of an attack with many steps it would say something."
     x, y = 0.2 + 0.6 * numbers(64, 1, 8, 8), torch.zeros(64, dtype=torch.long)
     facts = attacked_gradients(Wave(), x, y, attack(Wave(), x, y, EPS), torch.ones(64, dtype=torch.bool), attack, EPS)
-    assert not of_facts(facts | {"accuracy": 100., "n": 64}), facts
+    assert not fact_warnings(facts | {"accuracy": 100., "n": 64}), facts

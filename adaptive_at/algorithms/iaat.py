@@ -42,7 +42,7 @@ class CrossingPGD(PGD):
 # %% ../../nbs/lib/62_iaat.ipynb #bcb810f6
 def other_class(
     y: Tensor,      # true classes [B]
-    draw: Tensor,   # uniform numbers in [0,1), from `streams.uniform` [B]
+    draw: Tensor,   # uniform numbers in [0,1), from `rng.uniform` [B]
     classes: int    # K
 ) -> Tensor:        # classes [B], none of them the true one
     "A uniformly drawn wrong class."

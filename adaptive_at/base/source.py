@@ -199,7 +199,7 @@ class Words:
         return name if name in _known_names() or name.startswith('__') else self.reader.number('name', name)
 
     def _in_module(self, node: ast.Attribute) -> tuple[str, str]|None:
-        "What `streams.key` names, where `streams` is a module of this package."
+        "What `rng.key` names, where `rng` is a module of this package."
         if not isinstance(node.value, ast.Name) or node.value.id in self.local or node.value.id in self.shared: return None
         home = self.reader.imported_module(self.module, node.value.id)
         return self.reader.find(home, node.attr) if home else None

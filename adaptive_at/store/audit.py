@@ -18,7 +18,7 @@ import torch
 from ..base.errors import Busy, Unreadable, UserError
 from ..base.files import cannot_read, locked
 from ..base.identity import spec_hash, to_spec
-from ..tables.warnings import of_facts
+from ..tables.warnings import fact_warnings
 from ..networks import NETWORKS
 from ..tables.parameters import COMMON, Parameters, TABLES, about
 from ..tables.plan import PRESETS, Plan, Session
@@ -280,7 +280,7 @@ def shown(s: Stored) -> str:
 
 def _accuracy(result: dict) -> str:
     "An accuracy and what its own facts say of it."
-    return '; '.join([f'{result["accuracy"]:.1f}% of {result["n"]}', *of_facts(result)])
+    return '; '.join([f'{result["accuracy"]:.1f}% of {result["n"]}', *fact_warnings(result)])
 
 # %% ../../nbs/lib/92_audit.ipynb #49e8d736
 def damages(s: Stored) -> list[str]:

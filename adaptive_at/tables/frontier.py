@@ -16,7 +16,7 @@ from pandas.io.formats.style import Styler
 from ..data import datasets
 from ..base.errors import UserError, nearly
 from ..base.files import atomic_write
-from .warnings import of_facts
+from .warnings import fact_warnings
 from ..evaluation import AutoAttack, Clean, Column, evaluation, wilson
 from ..figures import MARKERS, PALETTE, figure_style, number, styled, tidy
 from ..networks import network
@@ -79,7 +79,7 @@ def measure(found: dict[str, Trained], session: Session, report_line=print) -> p
         for name in ('natural', 'AA'):
             done = t.plan.store.verdicts(t.run, _evaluation(t, session, name))
             low, high = wilson(done['accuracy'], done['n'])
-            told += [f'{name}: {text}' for text in of_facts(done)]
+            told += [f'{name}: {text}' for text in fact_warnings(done)]
             line |= {name: done['accuracy'], f'{name}_low': low, f'{name}_high': high, f'{name}_n': done['n']}
         lines.append(line | {'cost': cost(t.run), 'epochs': t.run.training.epochs, 'run': i, 'warning': '; '.join(told)})
     frame = pd.DataFrame(lines)

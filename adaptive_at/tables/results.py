@@ -22,7 +22,7 @@ from ..data import datasets
 from ..base.errors import Busy, UserError
 from ..base.identity import spec_hash
 from ..base.files import locked, atomic_write, slug, write_text
-from .warnings import doubts
+from .warnings import cell_warnings
 from ..evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
 from ..figures import Html, lines_of, number, styled, tag, tidy
 from ..jobs.ray_jobs import Job, on_ray, on_this_machine
@@ -100,7 +100,7 @@ def _warnings(self:Results, block: PlannedBlock, row: str, column: str, checkpoi
         results = {c: r for c in columns if (r := dict(enumerate(self.by_seed(block, row, c, checkpoint))).get(seed))}
         if column not in results: continue
         if self.plan.judged_by_other_code(block, row, column, seed, checkpoint): told.append('evaluated by other code than this: what it executes was edited since')
-        told += [text if seed == 0 or text in told else f'seed {seed}: {text}' for text in doubts(column, columns, results)]
+        told += [text if seed == 0 or text in told else f'seed {seed}: {text}' for text in cell_warnings(column, columns, results)]
     return list(dict.fromkeys(told))
 
 
