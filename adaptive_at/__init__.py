@@ -28,7 +28,7 @@ _PUBLIC = {   # module -> its names that are public here
     'store.runs': 'Store',
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str):

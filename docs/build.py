@@ -354,6 +354,7 @@ class Site:
                          f"```bash\npapermill {book.place} outputs/{book.path.name} -p preset quick\n```\n:::")
         elif made and moved(book, path):
             notes.append(":::{note}\nThe notebook has changed since it was executed; this page shows it as it was then.\n:::")
+        elif made and (told := refreshed(path)): notes.append(f":::{{note}}\n{told}\n:::")
         return notes
 
     def of(self, section: str) -> list[Notebook]: return [b for b in self.books if b.section == section]
@@ -421,6 +422,14 @@ def ran(path: Path) -> str:
     if not (facts := noted(path)): return ""
     took = f"{facts['duration'] / 60:.0f} min" if facts["duration"] >= 60 else f"{facts['duration']:.0f} s"
     return f"executed {facts['end_time'][:10]}, preset {facts['parameters'].get('preset', 'auto')}, {took}"
+
+
+def refreshed(path: Path) -> str:
+    "Which version executed a notebook whose code cells were replaced by today's; empty where none were."
+    told = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("adaptive_at")
+    if not told: return ""
+    why = "their code has changed since it was executed" if told["changed"] else "other names and imports, the same computation"
+    return f"Executed by adaptive_at {told['version']} (commit {told['commit']}). The code cells were replaced by today's on {told['refreshed']}: {why}. The outputs are as they were."
 
 
 def moved(book: Notebook, path: Path) -> bool:

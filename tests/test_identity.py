@@ -1,7 +1,9 @@
 "Ids: the same wherever the code lies and whatever it is called, and those that stand in `outputs/` are planned again."
+import ast
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import pkgutil
 
@@ -48,6 +50,20 @@ def test_every_id_that_is_printed_is_planned(now):
     assert set().union(*shown.values()) == every
     for path, ids in shown.items():
         if path in now: assert now[path].keys() <= ids <= now[path].keys() | now["quick"].keys(), path
+
+
+def test_executed_notebooks_show_imports_that_exist():
+    found = 0
+    for path, notebook in notebooks().items():
+        for cell in notebook["cells"]:
+            if cell["cell_type"] != "code": continue
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                if not isinstance(node, ast.ImportFrom) or node.module.partition(".")[0] != "adaptive_at": continue
+                for name in node.names:
+                    module = importlib.import_module(node.module)
+                    assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), f"{path.name}: {ast.unparse(node)}"
+                    found += 1
+    assert found > 500
 
 
 # Pieces
