@@ -1,6 +1,7 @@
 "The project's own files agree with each other, and the built wheel holds what the package needs."
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -226,3 +227,15 @@ def test_readme_and_settings_say_whose_autoattack_is():
     for path in (ROOT/"README.md", ROOT/"settings.ini"):
         text = path.read_text(encoding="utf-8")
         assert all(part in text for part in ("pyautoattack", "third party", "fra31/auto-attack", "a392200", "imports", "white space alone", "wrapper")), path.name
+
+
+def test_nbdev_update_changes_nothing(tmp_path):
+    "An exported module goes back into its notebook as it came: in a sub-package, an import in a form that nbdev reads wrong would be rewritten."
+    for path in project_files():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    before = {p: p.read_bytes() for folder in ("nbs", "adaptive_at") for p in (tmp_path / folder).rglob("*.*") if p.suffix in (".py", ".ipynb")}
+    assert len(before) > 140
+    subprocess.run([sys.executable, "-c", "from nbdev.sync import nbdev_update; nbdev_update()"], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert [str(p.relative_to(tmp_path)) for p, content in before.items() if p.read_bytes() != content] == []
