@@ -145,7 +145,7 @@ def apply(patch: dict, monkeypatch) -> None:
     "Patch this process until the test ends."
     import torchvision.datasets
     import adaptive_at.data.datasets
-    patch_datasets(adaptive_at.datasets, patch, monkeypatch.setitem)
+    patch_datasets(adaptive_at.data.datasets, patch, monkeypatch.setitem)
     patch_torchvision(torchvision.datasets, patch, monkeypatch.setattr)
 
 
