@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from configparser import ConfigParser
 from email import message_from_bytes
 from importlib import metadata
@@ -239,3 +240,17 @@ def test_nbdev_update_changes_nothing(tmp_path):
     assert len(before) > 140
     subprocess.run([sys.executable, "-c", "from nbdev.sync import nbdev_update; nbdev_update()"], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert [str(p.relative_to(tmp_path)) for p, content in before.items() if p.read_bytes() != content] == []
+
+
+def test_every_module_comes_from_one_notebook_and_none_is_left_over():
+    exported = Counter(m[1] for path in project_files() if path.suffix == ".ipynb" and path.parent.name != "outputs" and path.is_relative_to(ROOT / "nbs")
+                       for cell in nbformat.read(path, 4).cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
+    modules = {".".join(path.relative_to(ROOT / "adaptive_at").with_suffix("").parts) for path in (ROOT / "adaptive_at").rglob("*.py")}
+    modules = {name for name in modules if name.rpartition(".")[2] not in ("__init__", "_modidx")}
+    assert set(exported.values()) == {1} and modules == exported.keys() and len(modules) > 65
+
+
+def test_the_names_of_notebooks_are_unique():
+    "The site's pages drop the folder and the number."
+    stems = [path.stem for path in (ROOT / "nbs").rglob("*.ipynb")]
+    assert len(stems) == len(set(stems)) > 75
