@@ -18,7 +18,8 @@ from .base.errors import Unreadable, UserError
 from .base.files import user_path
 from .data.datasets import Dataset, DatasetInfo
 from .tables.warnings import cell_warnings
-from .evaluation import Column, evaluate, evaluation, interval
+from .evaluation import Column, evaluate, evaluation
+from .intervals import interval
 from .store.transfer import opened
 from .networks import Classifier, Network
 from .tables.parameters import check_parameters

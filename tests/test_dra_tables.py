@@ -11,7 +11,8 @@ from adaptive_at.attacks import KL, NormalStart, PGD
 from adaptive_at.base.identity import spec_hash
 from adaptive_at.data.datasets import Augment
 from adaptive_at.algorithms.dra import CLEAN, DRA, FINE_TUNE, FINE_TUNE_MNIST, MNIST_TRAINING, Replay, accuracy, dra_finetune, dra_finetune_constant, dra_finetune_mnist
-from adaptive_at.evaluation import AutoAttack, WhiteBox, evaluate, evaluation, decode_verdicts, wilson
+from adaptive_at.evaluation import AutoAttack, WhiteBox, decode_verdicts, evaluate, evaluation
+from adaptive_at.intervals import wilson
 from adaptive_at.algorithms.baselines import MART_RESNET18, Training, at, mart, natural, trades
 from adaptive_at.networks import in_mode
 from adaptive_at.objectives import MART, TRADES

@@ -16,7 +16,8 @@ from torch import nn
 
 from adaptive_at.data import datasets as ds
 from adaptive_at.attacks import FGSM, PGD, Margin, UniformStart
-from adaptive_at.evaluation import (AutoAttack, Clean, Column, Images, Transfer, WhiteBox, evaluate, evaluation, mean_interval, encode_verdicts, paired, decode_verdicts, wilson)
+from adaptive_at.evaluation import AutoAttack, Clean, Column, Images, Transfer, WhiteBox, decode_verdicts, encode_verdicts, evaluate, evaluation
+from adaptive_at.intervals import mean_interval, paired, wilson
 from adaptive_at.networks import fingerprint
 from adaptive_at.tables.results import Results
 from helpers import digits, narrow, numbers, random_data, robust_digits, same, short_autoattack, wavy

@@ -81,7 +81,8 @@ TABLE = Table('table1_saat', 'SAAT, Table 1.', (PaperBlock('cifar10', 'preactres
 
 # %% ../../nbs/table1_saat.ipynb #b2a04da3
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from ..evaluation import mean_interval, paired, decode_verdicts
+from ..intervals import mean_interval, paired
+from ..evaluation import decode_verdicts
 from ..figures import GREY, PALETTE, curves, figure_style, styled, tag
 
 def radius_axis(block):

@@ -7,7 +7,8 @@ __all__ = ['NETWORKS', 'ATTACKED', 'SHARES', 'TABLE', 'factor', 'rows', 'attack'
 
 # %% ../../nbs/table4_dra.ipynb #8276c46c
 from ..algorithms.dra import CLEAN, DRA, FINE_TUNE, calibrated, dra_finetune, strength, success
-from ..evaluation import WhiteBox, decode_verdicts, wilson
+from ..evaluation import WhiteBox, decode_verdicts
+from ..intervals import wilson
 from ..algorithms.baselines import natural
 from .table3_dra import columns, more_columns, recipe
 from ..tables.plan import FigureInputs, PaperBlock, Plan, Row, Table

@@ -17,7 +17,8 @@ from ..data import datasets
 from ..base.errors import UserError, nearly
 from ..base.files import atomic_write
 from .warnings import fact_warnings
-from ..evaluation import AutoAttack, Clean, Column, evaluation, wilson
+from ..evaluation import AutoAttack, Clean, Column, evaluation
+from ..intervals import wilson
 from ..figures import MARKERS, PALETTE, figure_style, number, styled, tidy
 from ..networks import network
 from .parameters import Parameters, TABLES, about, listed

@@ -23,7 +23,8 @@ from ..base.errors import Busy, UserError
 from ..base.identity import spec_hash
 from ..base.files import locked, atomic_write, slug, write_text
 from .warnings import cell_warnings
-from ..evaluation import AutoAttack, Transfer, WhiteBox, interval, paired, scores
+from ..evaluation import AutoAttack, Transfer, WhiteBox, scores
+from ..intervals import interval, paired
 from ..figures import Html, lines_of, number, styled, tag, tidy
 from ..jobs.ray_jobs import Job, on_ray, on_this_machine
 from ..networks import network

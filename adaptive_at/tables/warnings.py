@@ -7,7 +7,8 @@ __all__ = ['SLOPE', 'percent', 'fact_warnings', 'significantly_higher', 'shorter
 
 # %% ../../nbs/lib/76_warnings.ipynb #269e3f19
 from ..attacks import PGD
-from ..evaluation import AutoAttack, Clean, Column, Transfer, WhiteBox, paired, scores
+from ..evaluation import AutoAttack, Clean, Column, Transfer, WhiteBox, scores
+from ..intervals import paired
 
 # %% ../../nbs/lib/76_warnings.ipynb #2fdd9ab8
 def percent(share: float) -> str: return f'{100 * share:.0f}%'
