@@ -7,7 +7,6 @@ __all__ = ['ATTACKED', 'Images', 'Column', 'Clean', 'WhiteBox', 'Transfer', 'che
            'decode_verdicts', 'told', 'scores', 'Evaluation', 'evaluation', 'evaluate', 'in_float32']
 
 # %% ../nbs/lib/75_evaluation.ipynb #dd888ab8
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
