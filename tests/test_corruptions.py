@@ -199,7 +199,8 @@ def test_a_damaged_file_is_one_sentence(spoil, tmp_path):
 def test_two_processes_share_the_work(tmp_path):
     code = """if True:
         import sys, torch
-        from adaptive_at import corruptions, datasets as ds
+        from adaptive_at import corruptions
+        from adaptive_at.data import datasets as ds
         from adaptive_at.evaluation import Images
         whole, calls = corruptions.corrupt, []
         corruptions.corrupt = lambda *args: calls.append(args[1]) or whole(*args)

@@ -131,7 +131,7 @@ def stopping(rank):
     asked = iter(range(10**6))
     @contextmanager
     def soon(): yield lambda: next(asked) >= 4
-    distributed.patiently = soon
+    distributed.defer_interrupt = soon
 
 
 @pytest.mark.parametrize("name", ["daat", "iaat"])

@@ -150,7 +150,7 @@ def test_a_variable_of_a_startup_file_is_no_parameter(tmp_path):
     startup = tmp_path/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
     (startup/"mine.py").write_text("epoch = 3\nmine = [1, 2]\nPI = 3.14\n")
-    cells = ["from adaptive_at.tables.parameters import start", "epochs = 2", "print('epochs:', start('table1_daat', globals()).epochs)"]
+    cells = ["from adaptive_at.tables.parameters import check_parameters", "epochs = 2", "print('epochs:', check_parameters('table1_daat', globals()).epochs)"]
     def said(cells):
         done = subprocess.run([sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner", "--colors=NoColor", f"--ipython-dir={tmp_path/'ipython'}"], input="\n".join(cells) + "\n", capture_output=True, text=True, cwd=tmp_path)
         return done.stdout + done.stderr

@@ -93,7 +93,7 @@ def test_the_parameters_cell_lists_all_parameters_with_their_defaults(name):
 def test_the_notebook_is_thin_and_its_table_is_its_own(name):
     code = ["".join(c["source"]) for c in cells(name) if c["cell_type"] == "code"]
     assert table(name).name == name and f"#| default_exp papers.{name}" in code[0]
-    assert any(f"start('{name}', globals())" in c for c in code) and "results.provenance()" in code[-1]
+    assert any(f"check_parameters('{name}', globals())" in c for c in code) and "results.provenance()" in code[-1]
     first = ["".join(c["source"]) for c in cells(name) if c["cell_type"] == "raw"]
     assert first and "skip_exec: true" in first[0]
 

@@ -54,6 +54,6 @@ def test_the_jobs_of_a_table_have_names(tmp_path):
     from adaptive_at.tables import plan as plans, results as tables
     from adaptive_at.papers.table1_daat import TABLE
     from adaptive_at.tables.parameters import check_parameters
-    plan = plans.Plan(TABLE, plans.settle(check_parameters("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
+    plan = plans.Plan(TABLE, plans.open_session(check_parameters("table1_daat", dict(preset="quick", device="cpu", outputs=str(tmp_path), seeds=2, rows="Standard AT", columns="natural,PGD-20", figures="none"))))
     names = [job.name for job in tables._jobs(plan, True)]
     assert names == ["training of Standard AT", "training of Standard AT, seed 1", "evaluation of Standard AT (natural, PGD-20)", "evaluation of Standard AT, seed 1 (natural, PGD-20)"], names

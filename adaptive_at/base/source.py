@@ -6,14 +6,15 @@
 __all__ = ['SILENT', 'SPEAKING', 'DECLARING', 'read_module', 'Module', 'Reader', 'Words', 'pieces_of', 'source_digest']
 
 # %% ../../nbs/lib/06_source.ipynb #440b661e
-import ast, builtins, dataclasses, hashlib, inspect, sys
+import ast, builtins, dataclasses, hashlib, inspect
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType
 from typing import Any, Callable
 import numpy as np
-from .identity import PACKAGE, sources
+from .identity import PACKAGE, _is_foreign
 
 # %% ../../nbs/lib/06_source.ipynb #6886bbbf
 def read_module(module: str) -> str:
@@ -71,11 +72,11 @@ class _Essence(ast.NodeTransformer):
         return super().generic_visit(node)
 
     def visit_FunctionDef(self, node):
-        if node.name in SILENT: return None
         node.returns, node.decorator_list = None, [d for d in node.decorator_list if _called(d) not in DECLARING]
         return self.generic_visit(node)
 
     def visit_ClassDef(self, node):
+        node.body = [s for s in node.body if not (isinstance(s, ast.FunctionDef) and s.name in SILENT)]
         node.decorator_list = [d for d in node.decorator_list if _called(d) not in DECLARING]
         return self.generic_visit(node)
 
@@ -218,18 +219,31 @@ def _is_ours(obj: Any) -> bool:
     return (isinstance(obj, type) or inspect.isfunction(obj)) and obj.__module__.partition('.')[0] == PACKAGE
 
 
-def _used(obj: Any) -> Iterator[Any]:
-    "A class or function of this package, or those that one from outside uses."
+def _functions(obj: Any) -> list[Callable]:
+    "A function, or those of a class."
+    held = [getattr(v, 'fget', None) or getattr(v, '__func__', v) for v in vars(obj).values()] if isinstance(obj, type) else [obj]
+    return [inspect.unwrap(f) for f in held if inspect.isfunction(f)]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    "The names that compiled code asks for, those of functions inside it too."
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType): yield from _names(constant)
+
+
+def _used(obj: Any, seen: set) -> Iterator[Any]:
+    """A class or function of this package, or those that one from outside uses.
+    They are found through its functions' own globals, which it has in a process that was sent it as well."""
     if _is_ours(obj): return (yield obj)
-    around = vars(sys.modules.get(obj.__module__, builtins))
-    for text in sources(obj).values():
-        try: tree = ast.parse(text)
-        except SyntaxError: continue   # a value
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name): found = around.get(node.id)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name): found = getattr(around.get(node.value.id), node.attr, None)
-            else: continue
-            if _is_ours(found := inspect.unwrap(found) if callable(found) else found): yield found
+    if not (isinstance(obj, type) or inspect.isfunction(obj)) or obj in seen or not _is_foreign(obj): return
+    seen.add(obj)
+    for base in getattr(obj, '__bases__', ()): yield from _used(base, seen)
+    for f in _functions(obj):
+        names = list(_names(f.__code__))
+        for held in (f.__globals__.get(name) for name in names):
+            if inspect.ismodule(held): held = [vars(held).get(name) for name in names] if held.__name__.partition('.')[0] == PACKAGE else []
+            for each in held if isinstance(held, list) else [held]: yield from _used(inspect.unwrap(each) if callable(each) else each, seen)
 
 
 @lru_cache(None)
@@ -240,5 +254,5 @@ def source_digest(
     *roots: Any   # classes and functions
 ) -> str:
     "Digest of the source that these execute; 12 hexadecimal digits."
-    places = dict.fromkeys((obj.__module__, obj.__qualname__.partition('.')[0]) for root in roots for obj in _used(root))
+    places = dict.fromkeys((obj.__module__, obj.__qualname__.partition('.')[0]) for root in roots for obj in _used(root, set()))
     return _digest(tuple(places))   # in the order of the spec: a move changes no digest
