@@ -14,14 +14,14 @@ from adaptive_at.jobs.pool import run_jobs
 ROOT = Path(__file__).resolve().parent.parent
 AFTER_THREADS = """
 import torch
-from adaptive_at.jobs.pool import side_by_side
+from adaptive_at.jobs.pool import run_jobs
 def work(tell):
     x = torch.rand(64, 3, 128, 128).to(memory_format=torch.channels_last) * 2  # large enough for several threads
     tell(f'{x.shape[0]} images, {torch.get_num_threads()} thread')
 assert torch.get_num_threads() == 2
 work(lambda line: None)  # the parent's OpenMP has its threads now, which no forked process has
 said = []
-side_by_side([work] * 3, 2, said.append)
+run_jobs([work] * 3, 2, said.append)
 print(said)
 """
 
