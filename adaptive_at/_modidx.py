@@ -394,6 +394,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'adaptive_at.base.identity.normalised': ( 'lib/identity.html#normalised',
                                                                                      'adaptive_at/base/identity.py'),
                                            'adaptive_at.base.identity.piece': ('lib/identity.html#piece', 'adaptive_at/base/identity.py'),
+                                           'adaptive_at.base.identity.piece_name': ( 'lib/identity.html#piece_name',
+                                                                                     'adaptive_at/base/identity.py'),
                                            'adaptive_at.base.identity.qualified': ( 'lib/identity.html#qualified',
                                                                                     'adaptive_at/base/identity.py'),
                                            'adaptive_at.base.identity.recorded_fields': ( 'lib/identity.html#recorded_fields',

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from .attacks import PGD, check_eps, restarted, trusted
 from .base.errors import UserError
 from .base.checks import at_least, one_of
-from .base.identity import piece, spec_hash
+from .base.identity import piece, piece_name, spec_hash
 from .base.schedules import resolve_schedules
 from .base.files import slug
 from .data.datasets import Augment, Batch, Dataset, ResizedCrop, Split, balanced, batches, cut, to_unit
@@ -65,7 +65,7 @@ class Run:
     @property
     def slug(self) -> str:
         "A name for people; only the hash identifies."
-        pieces = (type(p).__name__ for p in (self.method.radius, self.method.attack, self.method.objective))
+        pieces = (piece_name(type(p)) for p in (self.method.radius, self.method.attack, self.method.objective))
         return slug(' '.join([self.dataset, self.network.label, *pieces, f's{self.seed}']))
 
 # %% ../nbs/lib/70_training.ipynb #654c696c

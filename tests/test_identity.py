@@ -1,5 +1,6 @@
 "Ids: the same wherever the code lies and whatever it is called, and those that stand in `outputs/` are planned again."
 import ast
+import copy
 import dataclasses
 import functools
 import importlib
@@ -119,6 +120,17 @@ def test_a_moved_renamed_and_extended_piece_keeps_its_id(another_piece):
     assert from_spec(to_spec(before(0.1))) == extended(0.1, decay=0.)   # of an old spec
     raised = another_piece("Toy", "adaptive_at.attacks", [("eps", float), ("steps", int, dataclasses.field(default=3))], version=2)
     assert spec_hash(raised(0.1)) != spec_hash(moved(0.1))
+
+
+def test_a_renamed_class_keeps_the_folders_and_files_of_its_runs(another_piece):
+    renamed = another_piece("PGD", "adaptive_at.attacks", [("eps", float)])
+    assert renamed.__name__ == "Renamed" and identity.piece_name(renamed) == "PGD"
+    run = fingerprints.spec("daat")
+    assert run.slug == "random-narrow-resnet-width-4-daat-pgd-adversarialce-s0"
+    method = copy.copy(run.method)   # one that did not check its attack's kind
+    object.__setattr__(method, "attack", renamed(0.1))
+    run = dataclasses.replace(run, method=method)
+    assert run.slug == "random-narrow-resnet-width-4-daat-pgd-adversarialce-s0"
 
 
 def test_a_method_that_somebody_attaches_is_a_part_of_the_spec(monkeypatch):

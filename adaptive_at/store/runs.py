@@ -18,7 +18,7 @@ import numpy as np, torch
 from torch import nn
 from ..compiled import execution_path
 from ..base.errors import Unreadable, UserError
-from ..base.identity import to_spec
+from ..base.identity import piece_name, to_spec
 from ..base.source import pieces_of, source_digest
 from ..base.files import locked, read_bytes, atomic_write, user_path, write_text
 from ..data.datasets import Dataset
@@ -418,4 +418,4 @@ class Store:
         report_line(f'{part.name} of {part.parent.parent.name} is damaged; the evaluation starts again')
 
     def _path(self, run: Run, e: Evaluation) -> Path:
-        return self.folder(run)/'evals'/f'{type(e.column).__name__.lower()}-{e.id}.json'
+        return self.folder(run)/'evals'/f'{piece_name(type(e.column)).lower()}-{e.id}.json'
