@@ -40,7 +40,7 @@ def executed(name: str, folder: Path) -> str:
 def started(name: str, parameters: dict) -> str:
     "The sentence that a notebook's own cells end with, from the parameters on to the plan, in this process; empty: they ran."
     cells = ["".join(c["source"]) for c in json.loads((ROOT/"nbs"/f"{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
-    first = next(i for i, c in enumerate(cells) if f"start('{name}'" in c)
+    first = next(i for i, c in enumerate(cells) if f"check_parameters('{name}'" in c)
     last = next((i for i, c in enumerate(cells) if "Plan(TABLE" in c), first)
     namespace = {s.target.id: ast.literal_eval(s.value) for c in cells[:first] for s in ast.parse(c).body if isinstance(s, ast.AnnAssign)} | {"dry_run": True} | parameters
     try:
