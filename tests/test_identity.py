@@ -143,6 +143,12 @@ def test_a_method_that_somebody_attaches_is_a_part_of_the_spec(monkeypatch):
     def other(self, x): return x / 2
     monkeypatch.setattr(PGD, "project", other)
     assert spec_hash(at(0.1)) not in (added, before)
+    def other(self, x):
+        "The same, with another docstring."
+        return x / 2
+    renamed = to_spec(at(0.1).attack)["attached"]["PGD.project"]
+    monkeypatch.setattr(PGD, "project", other)
+    assert to_spec(at(0.1).attack)["attached"]["PGD.project"] == renamed
     @functools.wraps(PGD.__call__)
     def wrapped(self, *args): return other(self, *args)
     monkeypatch.undo()

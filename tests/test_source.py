@@ -1,6 +1,8 @@
 "The digest of what a run executes: the same for other words and names, another for other numbers."
 import ast
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from adaptive_at.training import State, train
 from helpers import digits
 
 ROOTS = [("adaptive_at.training", "train"), ("adaptive_at.training", "State"), ("adaptive_at.radius", "DAAT"), ("adaptive_at.attacks", "PGD"),
-         ("adaptive_at.objectives", "TRADES"), ("adaptive_at.networks", "NarrowResNet"), ("adaptive_at.algorithms.baselines", "Training"), ("adaptive_at.data.datasets", "Augment")]
+         ("adaptive_at.objectives", "TRADES"), ("adaptive_at.networks", "NarrowResNet"), ("adaptive_at.algorithms.baselines", "Training"), ("adaptive_at.data.datasets", "Augment"), ("adaptive_at.awp", "AWP")]
 
 
 def digest(edit=lambda module, text: text):
@@ -135,3 +137,13 @@ def test_a_half_trained_run_of_other_code_is_refused_and_nothing_is_lost(tmp_pat
     assert all(p.read_bytes() == b for p, b in before.items() if p.name != "lock")
     edit("adaptive_at.radius", "FLOOR = 2 * ", "FLOOR = ")
     assert store.train(spec, digits(), report_line=lambda line: None)
+
+
+def test_another_pytorch_is_the_same_digest():
+    "A release that brings names which this package has too; were theirs kept as they are, each upgrade could mark every run as of other code."
+    code = ("import torch\n{}\nfrom adaptive_at.base.source import Reader\n"
+            f"print(Reader().digest({ROOTS!r}))")
+    names = ("perturbed", "overstep", "realised", "watched", "after_attack")
+    brought = "; ".join(f"torch.{name} = torch.Tensor.{name} = None" for name in names)
+    now, later = (subprocess.run([sys.executable, "-c", code.format(text)], capture_output=True, text=True, check=True).stdout for text in ("", brought))
+    assert now == later != ""

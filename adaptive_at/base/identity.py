@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'HOMES', 'PIECES', 'CARRIED', 'qualified', 'piece', 'declared', 'piece_name', 'spec_field', 'unhashed',
-           'Schedule', 'recorded_fields', 'SourceUnknown', 'normalised', 'sources', 'attached', 'as_python', 'to_spec',
-           'spec_hash', 'carried', 'from_spec', 'foreign_modules']
+           'Schedule', 'recorded_fields', 'SourceUnknown', 'normalised', 'sources', 'function_of', 'attached',
+           'as_python', 'to_spec', 'spec_hash', 'carried', 'from_spec', 'foreign_modules']
 
 # %% ../../nbs/lib/01_identity.ipynb #983022ca
 import ast, dataclasses, hashlib, inspect, json, linecache, re, sys, textwrap
@@ -115,6 +115,10 @@ def normalised(obj: type|Callable) -> str:
     except (OSError, TypeError, SyntaxError) as e:
         raise SourceUnknown(f'The source of {qualified(obj)} cannot be read, so its runs could not be told from those of another version and are not stored; '
                             'define it in a notebook cell or a file.') from e
+    return _without_docstrings(tree)
+
+
+def _without_docstrings(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -177,21 +181,31 @@ def _note(name: str, used: Any, seen: dict[str, str]) -> None:
         raise SourceUnknown(f'{name} is a {type(used).__name__}, whose state could change without a trace, so the runs that use it are not stored; make it a number, a tuple, a function or a dataclass.')
 
 
+def function_of(value: Any) -> Any:
+    "The function behind a property, a class method or a static method; all else as it is."
+    if isinstance(value, property): return value.fget
+    return value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+
+
 def attached(kind: type) -> dict[str, str]:
     "Source of what somebody outside the package put on a class of it, or on the package's classes that it is made from."
     found = {}
     for base in (b for b in kind.__mro__ if b.__module__.partition('.')[0] == PACKAGE):
         for name, value in vars(base).items():
-            f = getattr(value, 'fget', None) or getattr(value, '__func__', value)
-            if not inspect.isfunction(f) or not _is_foreign_module(f.__globals__.get('__name__', '')): continue   # where its code is: `functools.wraps` gives it the module of what it wraps
+            f = function_of(value)
+            if not inspect.isfunction(f): continue
+            home = f.__globals__.get('__name__', '')   # where its code is: `functools.wraps` gives it the module of what it wraps
+            if not _is_foreign_module(home): continue
             found |= {f'{base.__name__}.{name}': _code(f)} | sources(f)
     return found
 
 
 def _code(f: Callable) -> str:
     "The source of a function itself, and not of what it wraps."
-    try: return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(f.__code__))))
-    except (OSError, SyntaxError) as e: raise SourceUnknown(f'The source of {qualified(f)}, which was put on a class of this package, cannot be read, so its runs are not stored; define it in a notebook cell or a file.') from e
+    try: return _without_docstrings(ast.parse(textwrap.dedent(inspect.getsource(f.__code__))))
+    except (OSError, SyntaxError) as e:
+        raise SourceUnknown(f'The source of {qualified(f)}, which was put on a class of this package, cannot be read, so its runs are not stored; '
+                            'define it in a notebook cell or a file.') from e
 
 
 def _is_foreign(obj) -> bool:
